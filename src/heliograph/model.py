@@ -1,0 +1,247 @@
+"""The vocabulary as frozen structs and enums; nothing here does anything.
+
+A **batch** is up to 1,000 notifications of one app and environment that came in together. It is the unit of storage,
+queueing and settling; a single notification is a batch of one. A notification has no object of its own between the
+queue and the socket: it is a place (0-based `index`) in a batch, and its columns are read from there.
+
+Identity. A notification's id is a UUIDv7 whose last 16 bits are its place in the batch, counted from 1; the batch's id
+is the same with zeros there (RFC 9562, section 5.7, leaves those bits to us). So an id alone finds its batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum, StrEnum
+
+from msgspec import Struct
+
+MAX_BATCH = 1000
+"""Notifications in one batch, at most."""
+
+MAX_BATCH_BYTES = 512 * 1024
+"""Tokens and payloads of one batch together, at most."""
+
+
+class Environment(StrEnum):
+    """Where a device token lives; Apple calls the second one sandbox as well."""
+
+    PRODUCTION = "production"
+    DEVELOPMENT = "development"
+
+
+class PushType(StrEnum):
+    """Apple's `apns-push-type` (Apple, "Sending notification requests to APNs")."""
+
+    ALERT = "alert"
+    BACKGROUND = "background"
+    LOCATION = "location"
+    VOIP = "voip"
+    COMPLICATION = "complication"
+    FILEPROVIDER = "fileprovider"
+    MDM = "mdm"
+    LIVEACTIVITY = "liveactivity"
+    PUSHTOTALK = "pushtotalk"
+    WIDGETS = "widgets"
+    CONTROLS = "controls"
+
+
+class State(IntEnum):
+    """The last known state of a notification; one octet a notification in a batch's outcomes."""
+
+    QUEUED = 0
+    """Not sent yet, or to be sent again."""
+    ACCEPTED = 1
+    """Apple answered 200. Nobody knows whether it reached the device."""
+    REJECTED = 2
+    """Apple said no for good."""
+    EXPIRED = 3
+    """Its expiration passed first."""
+    CANCELLED = 4
+    BURIED = 5
+    """Given up on; kept for people to see and replay."""
+    UNKNOWN = 6
+    """Sent at most once, by request, and the answer never came."""
+
+
+class DeviceToken(str):
+    """Apple's opaque address of an app on a device, as lower-case hex of any length. Shown redacted."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return f"<device token of {len(self) // 2} octets>"
+
+
+class Headers(Struct, frozen=True):
+    """What Apple reads from request headers, but for the id; many notifications of a batch share one.
+
+    Values are those of the wire: `expiration` is UNIX seconds, 0 means try once, None means not sent.
+    """
+
+    topic: str
+    push_type: PushType = PushType.ALERT
+    priority: int | None = None
+    expiration: int | None = None
+    collapse_id: str | None = None
+    """At most 64 octets of UTF-8."""
+    collapse_on_id: bool = False
+    """Send each notification's own id as its collapse id, so that a duplicate replaces itself on the device."""
+
+
+class Batch(Struct, frozen=True):
+    """Up to `MAX_BATCH` notifications of one app and environment. Immutable once stored.
+
+    Columns, one entry a notification in order: `tokens` always; `payloads` has one entry for all or one each;
+    `headers_of` has the position in `headers` for each, or is None where all use the first.
+    """
+
+    id: str
+    """32 characters: the canonical UUID's text without its last four digits. The notification at `index` has the
+    id `id + f"{index + 1:04x}"`, the batch itself `id + "0000"`."""
+    app: str
+    environment: Environment
+    created_at: float
+    """UNIX seconds."""
+    headers: tuple[Headers, ...]
+    tokens: Sequence[bytes]
+    """Device tokens as lower-case ASCII hex, as the wire wants them."""
+    payloads: Sequence[bytes]
+    headers_of: bytes | None = None
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __repr__(self) -> str:
+        return f"<batch {self.id}0000 of {len(self.tokens)} for {self.app}>"
+
+
+class Detail(Struct, frozen=True, omit_defaults=True):
+    """What is known of one notification beyond its state octet and time; only those with news have one."""
+
+    index: int
+    reason: str | None = None
+    """Apple's word (`BadDeviceToken`), or ours where Apple said nothing (`ConnectionLost`)."""
+    status: int | None = None
+    """Apple's HTTP status."""
+    since: int | None = None
+    """With 410: UNIX milliseconds from which the token is dead, as Apple says."""
+    unique_id: str | None = None
+    """Apple's `apns-unique-id`, where the sandbox gave one."""
+    attempts: int = 1
+    due_at: float | None = None
+    """UNIX seconds of the next try of a deferred one."""
+
+
+class Outcomes(Struct, frozen=True):
+    """What became of a batch so far; recorded whole each time, beside the batch's immutable body."""
+
+    batch_id: str
+    attempt: int
+    """The lease under which this was learnt; what an older lease says is not recorded."""
+    states: bytes
+    """One `State` octet a notification."""
+    times_ms: bytes
+    """One big-endian uint32 a notification: milliseconds from `created_at` to when its state was last set."""
+    details: tuple[Detail, ...] = ()
+
+
+class Receipt(Struct, frozen=True):
+    """The last known state of one notification."""
+
+    id: str
+    app: str
+    state: State
+    created_at: float
+    updated_at: float | None = None
+    """UNIX seconds when the state was last set; None while nothing has happened."""
+    reason: str | None = None
+    status: int | None = None
+    since: int | None = None
+    """UNIX milliseconds, with 410."""
+    unique_id: str | None = None
+    attempts: int = 0
+    next_attempt_at: float | None = None
+
+
+class Removal(Struct, frozen=True):
+    """A device token that Apple says is dead (410).
+
+    The token may come back: a registration newer than `since` wins (Apple, "Handling notification responses from
+    APNs").
+    """
+
+    app: str
+    environment: Environment
+    token: DeviceToken
+    since: int
+    """UNIX seconds. Apple's 410 speaks milliseconds, a feedback tuple seconds; here it is seconds."""
+
+
+class Lease(Struct, frozen=True):
+    """The right to work on a batch for a while."""
+
+    batch: Batch
+    outcomes: Outcomes | None
+    """What earlier leases recorded; None where nothing was."""
+    attempt: int
+    """How often the batch was leased, this time included; the fence against a holder whose lease ran out."""
+
+
+class LeaseEnd(Struct, frozen=True):
+    """How a lease ends: done, or the rest of the batch again at a time."""
+
+    batch_id: str
+    attempt: int
+    again_at: float | None = None
+    """UNIX seconds; None: nothing of the batch is left to do."""
+
+
+class Answered(Struct, frozen=True):
+    """Apple answered; a no is a value, not an exception."""
+
+    status: int
+    reason: str | None = None
+    since: int | None = None
+    """UNIX milliseconds, with 410."""
+    unique_id: str | None = None
+    retry_after_s: float | None = None
+
+
+class NotProcessed(Struct, frozen=True):
+    """Apple certainly did not act on it (RFC 9113, sections 6.8 and 8.7): sending again is free."""
+
+    why: str
+
+
+class Unknown(Struct, frozen=True):
+    """It may or may not have been acted on: the answer never came."""
+
+    why: str
+
+
+Outcome = Answered | NotProcessed | Unknown
+
+ACCEPTED = Answered(200)
+"""The outcome of nearly everything, made once."""
+
+
+class SigningKey(Struct, frozen=True):
+    """What a provider token is made from (Apple, "Establishing a token-based connection to APNs")."""
+
+    key_id: str
+    team_id: str
+    pem: bytes
+    """The .p8 file: PEM, PKCS#8, EC P-256."""
+
+    def __repr__(self) -> str:
+        return f"<signing key {self.key_id} of team {self.team_id}>"
+
+
+class App(Struct, frozen=True):
+    """What we hold credentials for."""
+
+    name: str
+    topics: tuple[str, ...]
+    """Bundle ids; a push type's suffix is allowed on each of them."""
+    environments: tuple[Environment, ...]
+    key: SigningKey

@@ -1,0 +1,1 @@
+"""asyncio and TLS: shared glue without opinions."""

@@ -1,0 +1,224 @@
+"""Drives `protocols.http2` over a socket, as client and as server. Nothing is decided here.
+
+One turn of the loop, one write: whatever the core has to say after a read goes out together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Callable, Sequence
+from typing import Generic, Protocol, TypeVar, cast
+
+from heliograph.protocols.http2 import ClientConnection, ErrorCode, Event, Failed, ServerConnection
+
+UNSENT_OCTETS = 256 * 1024
+"""Above this much unread output, the peer is not read from, and a client is not given more requests."""
+UNREAD_S = 30.0
+"""How long a peer may leave output unread before it is shed."""
+_TICK_S = 1.0
+"""Deadlines are looked at this often, at least."""
+_FLUSH_S = 5.0
+"""How long a peer may take to read our last words."""
+
+Core = TypeVar("Core", ClientConnection, ServerConnection)
+
+
+class Session(Protocol):
+    """What the user of a link implements. Called on the loop's thread; `on_close` once, at the very end."""
+
+    def on_events(self, events: Sequence[Event]) -> None: ...
+
+    def on_writable(self) -> None:
+        """The peer has read enough of what was unsent (see `Link.writable`)."""
+        ...
+
+    def on_close(self) -> None: ...
+
+
+class Link(asyncio.Protocol, Generic[Core]):
+    """One connection, either role: octets from the socket to the core, events from the core to the session."""
+
+    def __init__(self, new_session: Callable[[Link[Core]], Session], new_core: Callable[[float], Core]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._new_session: Callable[[Link[Core]], Session] = new_session
+        self._new_core: Callable[[float], Core] = new_core
+        self._flush_due = False
+        self._blocked_since: float | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self.writable = True
+        """Whether less than `UNSENT_OCTETS` wait for the peer to read."""
+        self.closed: asyncio.Future[None] = self._loop.create_future()
+        """Done when the socket is gone and the session knows."""
+
+    # -- for the session -----------------------------------------------------------------------------------------
+
+    @property
+    def peer_certificate(self) -> bytes | None:
+        """The peer's certificate as DER, if it showed one."""
+        tls = self._transport.get_extra_info("ssl_object")
+        return None if tls is None else cast("bytes | None", tls.getpeercert(binary_form=True))
+
+    @property
+    def peername(self) -> object:
+        return self._transport.get_extra_info("peername")
+
+    def flush(self) -> None:
+        """Have the core's output written, once this turn of the loop, however often it is asked for."""
+        if not self._flush_due:
+            self._flush_due = True
+            self._loop.call_soon(self._write)
+
+    def close(self) -> None:
+        """Write what there is, then close; a peer that does not read it has `_FLUSH_S`."""
+        if self._transport.is_closing():
+            return
+        self._write()
+        self._transport.close()
+        self._loop.call_later(_FLUSH_S, self._transport.abort)
+
+    def abort(self) -> None:
+        """Close at once; what was not written is lost."""
+        self._transport.abort()
+
+    # -- asyncio calls these -------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+        self._transport.set_write_buffer_limits(high=UNSENT_OCTETS)
+        self.core: Core = self._new_core(self._loop.time())
+        self.session = self._new_session(self)
+        self._write()
+        self._tick()
+
+    def data_received(self, data: bytes) -> None:
+        self._handle(self.core.receive(data, self._loop.time()))
+
+    def pause_writing(self) -> None:
+        self.writable = False
+        self._blocked_since = self._loop.time()
+        self._transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        self.writable = True
+        self._blocked_since = None
+        if not self._transport.is_closing():
+            self._transport.resume_reading()
+        self.session.on_writable()
+        self._write()
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - why a socket died tells callers nothing
+        if self._timer is not None:
+            self._timer.cancel()
+        events = self.core.eof(self._loop.time())
+        if events:
+            self.session.on_events(events)
+        self.session.on_close()
+        self.closed.set_result(None)
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _handle(self, events: Sequence[Event]) -> None:
+        if events:
+            self.session.on_events(events)
+            if self.core.over and isinstance(events[-1], Failed):
+                self.close()
+                return
+        self._write()
+
+    def _write(self) -> None:
+        self._flush_due = False
+        data = self.core.data_to_send()
+        if data and not self._transport.is_closing():
+            self._transport.write(data)
+
+    def _tick(self) -> None:
+        now = self._loop.time()
+        if self._blocked_since is not None and now >= self._blocked_since + UNREAD_S:
+            self.abort()
+            return
+        due = self.core.wake_at()
+        if due is not None and now >= due:
+            self._handle(self.core.tick(now))
+            due = self.core.wake_at()
+        delay = _TICK_S if due is None else min(max(due - now, 0.02), _TICK_S)
+        self._timer = self._loop.call_later(delay, self._tick)
+
+
+class Listener:
+    """A listening socket and the links that it brought."""
+
+    def __init__(self, server: asyncio.Server, links: set[Link[ServerConnection]]) -> None:
+        self._server = server
+        self.links = links
+        self.port: int = server.sockets[0].getsockname()[1]
+
+    async def aclose(self, grace_s: float = 1.0) -> None:
+        """Listen no more; say GOAWAY, give open streams `grace_s` to be answered, then close."""
+        self._server.close()
+        for link in list(self.links):
+            link.core.goaway(ErrorCode.NO_ERROR)
+            link.flush()
+        deadline = asyncio.get_running_loop().time() + grace_s
+        while any(link.core.open_streams for link in self.links) and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.01)
+        closing = [link.closed for link in self.links]
+        for link in list(self.links):
+            link.close()
+        if closing:
+            _, late = await asyncio.wait(closing, timeout=grace_s)
+            for link in list(self.links) if late else ():
+                link.abort()
+        await self._server.wait_closed()
+
+
+async def listen(
+    new_session: Callable[[Link[ServerConnection]], Session],
+    *,
+    tls: ssl.SSLContext | None,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    new_core: Callable[[float], ServerConnection] = ServerConnection,
+) -> Listener:
+    """Listen for HTTP/2; without `tls`, for clients with prior knowledge. Raises OSError where the port is taken."""
+    links: set[Link[ServerConnection]] = set()
+
+    def new_link() -> Link[ServerConnection]:
+        link = Link(new_session, new_core)
+        links.add(link)
+        link.closed.add_done_callback(lambda _: links.discard(link))
+        return link
+
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(new_link, host, port, ssl=tls, backlog=1024)
+    return Listener(server, links)
+
+
+async def connect(
+    new_session: Callable[[Link[ClientConnection]], Session],
+    *,
+    host: str,
+    port: int,
+    tls: ssl.SSLContext | None,
+    new_core: Callable[[float], ClientConnection] = ClientConnection,
+    server_hostname: str | None = None,
+) -> Link[ClientConnection]:
+    """Connect and begin. The server's first SETTINGS come as an event.
+
+    Raises OSError (ssl.SSLError among them), also where the server does not choose HTTP/2 by ALPN.
+    """
+    loop = asyncio.get_running_loop()
+    transport, link = await loop.create_connection(
+        lambda: Link(new_session, new_core),
+        host,
+        port,
+        ssl=tls,
+        server_hostname=(server_hostname or host) if tls is not None else None,
+    )
+    if tls is not None:
+        chosen = transport.get_extra_info("ssl_object").selected_alpn_protocol()
+        if chosen != "h2":
+            transport.abort()
+            msg = f"{host}:{port} did not choose HTTP/2 (ALPN h2)"
+            raise ConnectionError(msg)
+    return link

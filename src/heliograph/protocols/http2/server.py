@@ -1,0 +1,354 @@
+"""The server role: whole requests out, answers in (RFC 9113). For the simulator and the Apple-shaped proxy.
+
+A request is reported once it is whole (or its body grew past `max_body`); answers go back in any order, many at once.
+What a client may cost is bounded by `Limits`, by the stream limit and by `max_body`; that it reads its answers is the
+business of whoever owns the socket.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import NamedTuple
+
+from heliograph.protocols.http2 import frames as f
+from heliograph.protocols.http2.core import Connection, ConnectionFault, Limits, StreamFault
+from heliograph.protocols.http2.events import Cancelled, Event, Failed, GoAway, Request
+from heliograph.protocols.http2.fields import Malformed, check_request, check_trailers
+from heliograph.protocols.http2.frames import ErrorCode
+from heliograph.protocols.http2.hpack import Field, encode_static, int_octets
+
+SERVER_LIMITS = Limits()
+_REMEMBERED_GAPS = 100
+
+
+class Answer(NamedTuple):
+    """What goes back on a stream."""
+
+    stream_id: int
+    status: int
+    fields: tuple[Field, ...] = ()
+    body: bytes = b""
+
+
+@lru_cache(maxsize=256)
+def _status_octets(status: int) -> bytes:
+    return encode_static([(b":status", b"%d" % status)])
+
+
+@lru_cache(maxsize=256)
+def _name_octets(name: bytes) -> bytes:
+    """A literal without indexing, up to where its value's length begins."""
+    return encode_static([(name, b"")])[:-1]
+
+
+class _Stream:
+    """A stream that is open in one direction at least."""
+
+    __slots__ = ("began", "body", "expected", "fields", "received", "reported", "unsent", "window", "whole")
+
+    def __init__(self, fields: list[Field], window: int, now: float) -> None:
+        self.fields = fields
+        self.window = window
+        self.began = now
+        self.body = b""
+        self.received = 0
+        """Octets charged to the stream's window, padding included."""
+        self.expected: int | None = None
+        self.reported = False
+        self.whole = False
+        """The client ended its side."""
+        self.unsent: bytes | None = None
+        """What is left of an answer's body; None while there is no answer."""
+
+
+class ServerConnection(Connection):
+    """One connection from a client."""
+
+    def __init__(
+        self, now: float, *, max_streams: int = 1000, max_body: int = 16_384, limits: Limits = SERVER_LIMITS
+    ) -> None:
+        super().__init__(
+            now,
+            our_settings={f.MAX_CONCURRENT_STREAMS: max_streams, f.MAX_HEADER_LIST_SIZE: limits.header_octets},
+            limits=limits,
+            max_body=max_body,
+        )
+        self._greeted = False
+        self._streams: dict[int, _Stream] = {}
+        self._blocked: deque[int] = deque()
+        """Streams whose answer waits for a window."""
+        self._highest = 0
+        self._gaps: deque[tuple[int, int]] = deque(maxlen=_REMEMBERED_GAPS)
+        """Ranges of ids that were passed over, and so are closed without ever having been open."""
+        self._limit = max_streams
+        """Streams that the client may open now: the last limit that it acknowledged, or the first."""
+        self._acknowledged = False
+        self._last_served: int | None = None
+        """After our GOAWAY: the last stream that we act on."""
+        self._now = now
+
+    @property
+    def open_streams(self) -> int:
+        return len(self._streams)
+
+    # -- answers -------------------------------------------------------------------------------------------------
+
+    def respond(self, answers: Iterable[Answer]) -> None:
+        """Answer requests. An answer to a stream that is gone (the client cancelled it) goes nowhere."""
+        out, streams = self._out, self._streams
+        for stream_id, status, fields, body in answers:
+            stream = streams.get(stream_id)
+            if stream is None or stream.unsent is not None:
+                continue
+            block = _status_octets(status)
+            for name, value in fields:
+                size = len(value)
+                block += _name_octets(name) + (bytes((size,)) if size < 127 else int_octets(size, 7, 0)) + value
+            self._work += 1
+            if not body or len(body) <= min(stream.window, self._send_window, self._peer_frame):
+                out.append(f.header_block(stream_id, block, self._peer_frame, end_stream=not body))
+                if body:
+                    self._send_window -= len(body)
+                    out.append(f.frame(f.DATA, f.END_STREAM, stream_id, body))
+                self._answered(stream_id, stream)
+            else:
+                out.append(f.header_block(stream_id, block, self._peer_frame, end_stream=False))
+                stream.unsent = body
+                self._blocked.append(stream_id)
+                self._send_blocked()
+
+    def _send_blocked(self) -> None:
+        for _ in range(len(self._blocked)):
+            stream_id = self._blocked.popleft()
+            stream = self._streams.get(stream_id)
+            if stream is None or stream.unsent is None:
+                continue
+            while stream.unsent and (size := min(len(stream.unsent), stream.window, self._send_window)) > 0:
+                size = min(size, self._peer_frame)
+                chunk, stream.unsent = stream.unsent[:size], stream.unsent[size:]
+                stream.window -= size
+                self._send_window -= size
+                self._out.append(f.frame(f.DATA, 0 if stream.unsent else f.END_STREAM, stream_id, chunk))
+            if stream.unsent:
+                self._blocked.append(stream_id)
+            else:
+                self._answered(stream_id, stream)
+
+    def _answered(self, stream_id: int, stream: _Stream) -> None:
+        del self._streams[stream_id]
+        if not stream.whole:  # the answer did not need the rest of the request: RFC 9113, section 8.1
+            self._send_reset(stream_id, ErrorCode.NO_ERROR)
+
+    def reset(self, stream_ids: Iterable[int], code: int) -> None:
+        """End streams without an answer, by our own will."""
+        for stream_id in stream_ids:
+            if self._streams.pop(stream_id, None) is not None:
+                self._send_reset(stream_id, code)
+
+    def goaway(self, code: int = 0, debug: bytes = b"", last_stream_id: int | None = None) -> None:
+        """Take no new streams; those above `last_stream_id` (default: the newest) are not acted on any more."""
+        if self._over:
+            return
+        last = self._highest if last_stream_id is None else last_stream_id
+        self._last_served = last if self._last_served is None else min(last, self._last_served)
+        self._out.append(f.goaway(self._last_served, code, debug))
+        for stream_id in [stream_id for stream_id in self._streams if stream_id > last]:
+            del self._streams[stream_id]
+
+    def set_max_streams(self, count: int) -> None:
+        """Tell the client a new stream limit; it holds once the client has acknowledged it."""
+        values = {f.MAX_CONCURRENT_STREAMS: count}
+        self._acks_due.append(values)
+        self._out.append(f.settings(values))
+
+    # -- requests ------------------------------------------------------------------------------------------------
+
+    def receive(self, data: bytes, now: float) -> list[Event]:
+        self._now = now
+        return super().receive(data, now)
+
+    def _frames(self, buffer: bytes, now: float, events: list[Event]) -> int:
+        if self._greeted:
+            return super()._frames(buffer, now, events)
+        size = len(f.PREFACE)
+        if buffer[:size] != f.PREFACE[: len(buffer)]:
+            raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "not HTTP/2: the connection preface is wrong")
+        if len(buffer) < size:
+            return 0
+        self._greeted = True
+        return size + super()._frames(buffer[size:], now, events)
+
+    def _is_idle(self, stream_id: int) -> bool:
+        return not stream_id & 1 or stream_id > self._highest
+
+    def _last_peer_stream(self) -> int:
+        return self._highest if self._last_served is None else self._last_served
+
+    def _on_message(self, stream_id: int, flags: int, fields: list[Field] | None, events: list[Event]) -> None:
+        stream = self._streams.get(stream_id)
+        if stream is not None:
+            self._trailers(stream_id, stream, flags, fields, events)
+            return
+        if not self._is_idle(stream_id):
+            if any(first <= stream_id <= last for first, last in self._gaps):
+                raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "a stream id below one that was used before")
+            self._closed_stream_frame(stream_id)
+            return
+        if not stream_id & 1:
+            raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "a client opened a stream with an even id")
+        if stream_id > self._highest + 2:
+            self._gaps.append((self._highest + 1, stream_id - 1))
+        self._highest = stream_id
+        if self._last_served is not None and stream_id > self._last_served:
+            self._reset_ids[stream_id] = None  # ignored, not reset: our GOAWAY said so
+            return
+        if len(self._streams) >= self._limit:
+            self._refuse(stream_id)
+            return
+        if fields is None:
+            raise StreamFault(ErrorCode.ENHANCE_YOUR_CALM, "more header fields than we take")
+        expected = check_request(fields)
+        stream = _Stream(fields, self._peer_window, self._now)
+        stream.expected = expected
+        self._streams[stream_id] = stream
+        if flags & f.END_STREAM:
+            self._ended(stream_id, stream, events)
+
+    def _refuse(self, stream_id: int) -> None:
+        if self._acknowledged:
+            self._reset_stream(stream_id, ErrorCode.REFUSED_STREAM, self._now)
+        else:  # it cannot know our limit yet: no fault of its own
+            self._send_reset(stream_id, ErrorCode.REFUSED_STREAM)
+
+    def _trailers(
+        self, stream_id: int, stream: _Stream, flags: int, fields: list[Field] | None, events: list[Event]
+    ) -> None:
+        if stream.whole:
+            raise StreamFault(ErrorCode.STREAM_CLOSED, "HEADERS after the end of the request")
+        if fields is None:
+            raise StreamFault(ErrorCode.ENHANCE_YOUR_CALM, "more trailer fields than we take")
+        if not flags & f.END_STREAM:
+            raise Malformed("trailers that do not end the stream")
+        check_trailers(fields)
+        self._ended(stream_id, stream, events)
+
+    def _on_data(self, stream_id: int, flags: int, data: bytes, charged: int, events: list[Event]) -> None:
+        stream = self._streams.get(stream_id)
+        if stream is None:
+            self._closed_stream_frame(stream_id)
+            return
+        if stream.whole:
+            raise StreamFault(ErrorCode.STREAM_CLOSED, "DATA after the end of the request")
+        stream.received += charged
+        if stream.received > f.DEFAULT_WINDOW:
+            raise StreamFault(ErrorCode.FLOW_CONTROL_ERROR, "more DATA than the stream's window allows")
+        if stream.expected is not None:
+            stream.expected -= len(data)
+            if stream.expected < 0:
+                raise Malformed("more DATA than content-length says")
+        if not stream.reported:
+            room = self.max_body - len(stream.body)
+            stream.body += data[:room]
+            if len(data) > room:
+                stream.reported = True
+                events.append(Request(stream_id, stream.fields, stream.body, truncated=True))
+        if flags & f.END_STREAM:
+            self._ended(stream_id, stream, events)
+
+    def _ended(self, stream_id: int, stream: _Stream, events: list[Event]) -> None:
+        if stream.expected:
+            raise Malformed("less DATA than content-length says")
+        stream.whole = True
+        if not stream.reported:
+            stream.reported = True
+            events.append(Request(stream_id, stream.fields, stream.body))
+
+    def _on_reset(self, stream_id: int, code: int, events: list[Event]) -> None:
+        self._dropped(stream_id, code, events)
+
+    def _on_stream_fault(self, stream_id: int, fault: StreamFault, events: list[Event]) -> None:
+        self._dropped(stream_id, fault.code, events)
+
+    def _dropped(self, stream_id: int, code: int, events: list[Event]) -> None:
+        stream = self._streams.pop(stream_id, None)
+        if stream is not None and stream.reported:
+            events.append(Cancelled(stream_id, code))
+
+    def _on_window(self, stream_id: int, increment: int) -> None:
+        if stream_id:
+            stream = self._streams.get(stream_id)
+            if stream is None:
+                return
+            stream.window += increment
+            if stream.window > f.MAX_WINDOW:
+                raise StreamFault(ErrorCode.FLOW_CONTROL_ERROR, "a stream's window grew past 2**31-1")
+        if self._blocked:
+            self._send_blocked()
+
+    def _on_initial_window(self, change: int) -> None:
+        for stream in self._streams.values():
+            stream.window += change
+            if stream.window > f.MAX_WINDOW:
+                raise ConnectionFault(ErrorCode.FLOW_CONTROL_ERROR, "a stream's window grew past 2**31-1")
+
+    def _settings_acknowledged(self, values: dict[int, int]) -> None:
+        self._acknowledged = True
+        self._limit = values.get(f.MAX_CONCURRENT_STREAMS, self._limit)
+
+    def _on_goaway(self, event: GoAway, events: list[Event]) -> None:
+        """The client opens no more streams; those that are open are answered."""
+
+    def _on_over(self, why: str, events: list[Event]) -> None:  # noqa: ARG002
+        for stream_id, stream in self._streams.items():
+            if stream.reported:
+                events.append(Cancelled(stream_id, ErrorCode.CANCEL))
+        self._streams.clear()
+        self._blocked.clear()
+
+    # -- time ----------------------------------------------------------------------------------------------------
+
+    def _due(self) -> float | None:
+        """When the connection itself runs out of time."""
+        limits = self.limits
+        if not self._settled:
+            return self._started + limits.settings_s
+        if self._block is not None:
+            return self._block.started + limits.settings_s
+        if limits.idle_s is not None and not self._streams:
+            return self._heard + limits.idle_s
+        return None
+
+    def wake_at(self) -> float | None:
+        """When `tick` is to be called next; None: not before something else happens."""
+        if self._over:
+            return None
+        due = self._due()
+        for stream in self._streams.values():
+            if not stream.whole or stream.unsent:  # the oldest comes first: a dict keeps the order of opening
+                message_due = stream.began + self.limits.message_s
+                return message_due if due is None else min(due, message_due)
+        return due
+
+    def tick(self, now: float) -> list[Event]:
+        """End what took too long: a greeting, a header block, a request or the reading of an answer, idleness."""
+        events: list[Event] = []
+        if self._over:
+            return events
+        due = self._due()
+        if due is not None and now >= due:
+            if not self._settled or self._block is not None:
+                self._fail(ErrorCode.PROTOCOL_ERROR, "the client took too long", events)
+            else:
+                self._out.append(f.goaway(self._last_peer_stream(), ErrorCode.NO_ERROR))
+                self._end(Failed(ErrorCode.NO_ERROR, "idle for too long", ours=True), events)
+            return events
+        try:
+            for stream_id, stream in list(self._streams.items()):
+                if (not stream.whole or stream.unsent) and now >= stream.began + self.limits.message_s:
+                    self._dropped(stream_id, ErrorCode.CANCEL, events)
+                    self._reset_stream(stream_id, ErrorCode.CANCEL, now)
+        except ConnectionFault as fault:
+            self._fail(fault.code, str(fault), events)
+        return events
