@@ -202,13 +202,13 @@ class ClientConnection(Connection):
         encoder = self._encoder
         tail = spelling.after_path + b"".join([encoder.literal(name, value) for name, value in literals])
         # What comes after the path differs in the suffix only: put the constant octets around it once.
-        first_suffix, second_suffix = b"", b""
+        between = b""
         varying = len(template.varying)
         if varying:
             width = len(suffixes[start])
             tail += encoder.literal_head(template.varying[0], len(prefixes[0]) + width) + prefixes[0]
             if varying > 1:
-                first_suffix = encoder.literal_head(template.varying[1], len(prefixes[1]) + width) + prefixes[1]
+                between = encoder.literal_head(template.varying[1], len(prefixes[1]) + width) + prefixes[1]
         else:
             width = 0
         if varying > 2:
@@ -227,7 +227,7 @@ class ClientConnection(Connection):
                 path_width = len(path)
                 size_octets = int_octets(path_size + path_width, 7, 0)
                 constant_path = before + size_octets + template.path
-                length = len(constant_path) + path_width + len(tail) + varying * width + len(first_suffix)
+                length = len(constant_path) + path_width + len(tail) + varying * width + len(between)
                 if length > self._peer_frame:
                     break
                 head = length.to_bytes(3, "big") + b"\x01\x04"
@@ -246,7 +246,7 @@ class ClientConnection(Connection):
                 parts += (head, sid, constant_path, path, tail, body_head, sid, body)
             else:
                 suffix = suffixes[place]
-                parts += (head, sid, constant_path, path, tail, suffix, first_suffix, suffix, body_head, sid, body)
+                parts += (head, sid, constant_path, path, tail, suffix, between, suffix, body_head, sid, body)
             plain[stream_id] = keys[place]
             stream_id += 2
         else:
@@ -475,9 +475,8 @@ class ClientConnection(Connection):
             self._answered(stream_id, stream, events)
 
     def _answered(self, stream_id: int, stream: _Stream, events: list[Event]) -> None:
-        if stream.expected:
-            if stream.answer or stream.status not in (204, 304):
-                raise StreamFault(ErrorCode.PROTOCOL_ERROR, "less DATA than content-length says")
+        if stream.expected and (stream.answer or stream.status not in (204, 304)):
+            raise StreamFault(ErrorCode.PROTOCOL_ERROR, "less DATA than content-length says")
         del self._streams[stream_id]
         self._work += 1
         if stream.unsent:  # answered before it was asked: RFC 9113, section 8.1

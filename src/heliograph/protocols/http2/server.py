@@ -46,7 +46,7 @@ def _name_octets(name: bytes) -> bytes:
 class _Stream:
     """A stream that is open in one direction at least."""
 
-    __slots__ = ("began", "body", "expected", "fields", "received", "reported", "unsent", "window", "whole")
+    __slots__ = ("began", "body", "expected", "fields", "received", "reported", "unsent", "whole", "window")
 
     def __init__(self, fields: list[Field], window: int, now: float) -> None:
         self.fields = fields
