@@ -89,10 +89,8 @@ def _cut(start: int, tokens: Sequence[bytes], payloads: Sequence[bytes]) -> int:
 
 def _kinds(headers: Sequence[Headers]) -> tuple[tuple[Headers, ...], bytes | None]:
     """The distinct header sets, and which notification uses which."""
-    if len(headers) == 1:
+    if headers.count(headers[0]) == len(headers):  # compares by identity first: fast where they are one object
         return (headers[0],), None
     places: dict[Headers, int] = {}
     kind_of = [places.setdefault(each, len(places)) for each in headers]
-    if len(places) == 1:
-        return (headers[0],), None
     return tuple(places), bytes(kind_of) if len(places) <= MAX_KINDS else b""

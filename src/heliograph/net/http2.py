@@ -44,6 +44,7 @@ class Link(asyncio.Protocol, Generic[Core]):
         self._new_session: Callable[[Link[Core]], Session] = new_session
         self._new_core: Callable[[float], Core] = new_core
         self._flush_due = False
+        self._finishing = False
         self._blocked_since: float | None = None
         self._timer: asyncio.TimerHandle | None = None
         self.writable = True
@@ -69,11 +70,18 @@ class Link(asyncio.Protocol, Generic[Core]):
             self._flush_due = True
             self._loop.call_soon(self._write)
 
+    def finish(self) -> None:
+        """Close as soon as no stream is open. Who wants no new ones says GOAWAY first."""
+        self._finishing = True
+        self.flush()
+
     def close(self) -> None:
         """Write what there is, then close; a peer that does not read it has `_FLUSH_S`."""
         if self._transport.is_closing():
             return
-        self._write()
+        data = self.core.data_to_send()
+        if data:
+            self._transport.write(data)
         self._transport.close()
         self._loop.call_later(_FLUSH_S, self._transport.abort)
 
@@ -129,8 +137,12 @@ class Link(asyncio.Protocol, Generic[Core]):
     def _write(self) -> None:
         self._flush_due = False
         data = self.core.data_to_send()
-        if data and not self._transport.is_closing():
+        if self._transport.is_closing():
+            return
+        if data:
             self._transport.write(data)
+        if self._finishing and not self.core.open_streams:
+            self.close()
 
     def _tick(self) -> None:
         now = self._loop.time()
@@ -156,19 +168,16 @@ class Listener:
     async def aclose(self, grace_s: float = 1.0) -> None:
         """Listen no more; say GOAWAY, give open streams `grace_s` to be answered, then close."""
         self._server.close()
-        for link in list(self.links):
+        links = list(self.links)
+        for link in links:
             link.core.goaway(ErrorCode.NO_ERROR)
-            link.flush()
-        deadline = asyncio.get_running_loop().time() + grace_s
-        while any(link.core.open_streams for link in self.links) and asyncio.get_running_loop().time() < deadline:
-            await asyncio.sleep(0.01)
-        closing = [link.closed for link in self.links]
-        for link in list(self.links):
-            link.close()
-        if closing:
-            _, late = await asyncio.wait(closing, timeout=grace_s)
-            for link in list(self.links) if late else ():
-                link.abort()
+            link.finish()
+        if links:
+            _, late = await asyncio.wait([link.closed for link in links], timeout=grace_s)
+            if late:
+                for link in links:
+                    link.abort()
+                await asyncio.wait(late)
         await self._server.wait_closed()
 
 

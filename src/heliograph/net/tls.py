@@ -44,7 +44,7 @@ class Identity(Struct, frozen=True):
 
 
 def server_context(certificate: bytes | Path, key: bytes | Path) -> ssl.SSLContext:
-    """For a listener: the certificate (its chain behind it) and the key, as PEM or as files of it. Raises ConfigError."""
+    """For a listener: the certificate (its chain behind it) and its key, as PEM or files of it. Raises ConfigError."""
     chain, key_pem = _pem(certificate, "certificate"), _pem(key, "key of the certificate")
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     # OpenSSL reads these from files only. The file has mode 0600, and is gone when this returns.

@@ -1,0 +1,1 @@
+"""Southbound: one file or folder a carrier, each with a `carry` (see `ports.Carrier`)."""

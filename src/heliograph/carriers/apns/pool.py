@@ -1,0 +1,344 @@
+"""Connections that share one signing key and environment, behind one backlog.
+
+A notification waits in the backlog, never inside a connection: whichever connection has a free stream takes the next
+ones. A `_Slice` is what a carried batch still has to send, as columns; a key of a request is an int that holds the
+carried batch's number and the index in it. So nothing is made for each notification between the backlog and the wire.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import ssl
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import cast
+
+from msgspec import Struct
+
+from heliograph.carriers.apns.connection import Connection
+from heliograph.carriers.apns.credentials import TokenSource
+from heliograph.model import MAX_BATCH, Batch, Headers, NotProcessed, Outcome, SigningKey
+from heliograph.net import http2
+from heliograph.ports import Report
+from heliograph.protocols import apns
+from heliograph.protocols.http2 import ClientConnection, Requests, Template
+
+_INDEX_BITS = 16
+_SUFFIXES = [b"%04x" % place for place in range(1, MAX_BATCH + 1)]
+"""The last four digits of the ids in a batch, by index."""
+_TOP_UP = 32
+"""With more than this many streams open, a connection that is full waits until it can take so many at once."""
+_UNIQUE_ID = frozenset((b"apns-unique-id",))
+
+
+class Endpoint(Struct, frozen=True):
+    """Where a pool connects to."""
+
+    host: str
+    port: int
+    tls: ssl.SSLContext
+    unique_ids: bool = False
+    """Whether answers carry `apns-unique-id` that is worth keeping (Apple's sandbox)."""
+
+
+class PoolSettings(Struct, frozen=True):
+    """How many connections, and how patient. Times in seconds."""
+
+    connections: int = 4
+    connect_s: float = 10.0
+    """From the look-up of the name to the end of the TLS handshake."""
+    backoff_s: float = 60.0
+    """The longest pause between failed connects."""
+    patience_s: float = 30.0
+    """How long a notification waits for a stream before it is handed back as not processed."""
+
+
+class _Carried:
+    """A batch, or some of it, on its way."""
+
+    __slots__ = ("left", "report")
+
+    def __init__(self, left: int, report: Report) -> None:
+        self.left = left
+        self.report = report
+
+
+class _Slice:
+    """Notifications of one batch with the same headers that wait for a stream, as columns."""
+
+    __slots__ = ("bodies", "headers", "keys", "paths", "place", "prefixes", "since", "suffixes")
+
+    def __init__(
+        self,
+        headers: Headers,
+        prefix: bytes,
+        keys: Sequence[int],
+        paths: Sequence[bytes],
+        bodies: Sequence[bytes],
+        suffixes: Sequence[bytes],
+        since: float,
+    ) -> None:
+        self.headers = headers
+        self.prefixes = (prefix, prefix) if headers.collapse_on_id else (prefix,)
+        self.keys = keys
+        self.paths = paths
+        self.bodies = bodies
+        self.suffixes = suffixes
+        self.since = since
+        self.place = 0
+        """How many were sent already."""
+
+    def requests(self, template: Template, literals: tuple[tuple[bytes, bytes], ...], count: int) -> Requests:
+        """The next `count` of them."""
+        first, last = self.place, self.place + count
+        bodies = self.bodies if len(self.bodies) == 1 else self.bodies[first:last]
+        return Requests(
+            template,
+            self.keys[first:last],
+            self.paths[first:last],
+            bodies,
+            literals,
+            self.prefixes,
+            self.suffixes[first:last],
+        )
+
+
+class Pool:
+    """One backlog and the connections that empty it."""
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        key: SigningKey,
+        settings: PoolSettings,
+        clock: Callable[[], float],
+        on_room: Callable[[], None],
+    ) -> None:
+        self._endpoint = endpoint
+        self._settings = settings
+        self._clock = clock
+        self._on_room = on_room
+        self._tokens = TokenSource(key)
+        self._loop = asyncio.get_running_loop()
+        self._backlog: deque[_Slice] = deque()
+        self.waiting = 0
+        """Notifications in the backlog."""
+        self._carried: dict[int, _Carried] = {}
+        self._last_number = 0
+        self._connections: list[Connection] = []
+        self._connecting: asyncio.Task[None] | None = None
+        self._failures = 0
+        self._pump_due = False
+        self._patience: asyncio.TimerHandle | None = None
+        self._closing = False
+        self._spelt: dict[Headers, tuple[Template, tuple[tuple[bytes, bytes], ...]]] = {}
+        self._spelt_with: tuple[bytes, bytes] | None = None
+        self.trouble: str | None = None
+        """Why the last connect failed; None while connects succeed."""
+
+    # -- in ------------------------------------------------------------------------------------------------------
+
+    def put(self, batch: Batch, indices: Sequence[int], report: Report) -> None:
+        """Take these on; each index will be reported once."""
+        if self._closing:
+            report(indices, NotProcessed("the server is stopping"))
+            return
+        self._last_number += 1
+        self._carried[self._last_number] = _Carried(len(indices), report)
+        base = self._last_number << _INDEX_BITS
+        now = self._loop.time()
+        if batch.headers_of is None:
+            self._backlog.append(self._slice(batch, batch.headers[0], base, indices, now))
+        else:
+            for place, headers in enumerate(batch.headers):
+                chosen = [index for index in indices if batch.headers_of[index] == place]
+                if chosen:
+                    self._backlog.append(self._slice(batch, headers, base, chosen, now))
+        self.waiting += len(indices)
+        self._pump_soon()
+
+    @staticmethod
+    def _slice(batch: Batch, headers: Headers, base: int, indices: Sequence[int], now: float) -> _Slice:
+        prefix = batch.id.encode()
+        if isinstance(indices, range) and indices.step == 1:
+            first, last = indices.start, indices.stop
+            shared = len(batch.payloads) == 1
+            return _Slice(
+                headers,
+                prefix,
+                range(base + first, base + last),
+                batch.tokens[first:last],
+                batch.payloads if shared else batch.payloads[first:last],
+                _SUFFIXES[first:last],
+                now,
+            )
+        return _Slice(
+            headers,
+            prefix,
+            [base + index for index in indices],
+            [batch.tokens[index] for index in indices],
+            batch.payloads if len(batch.payloads) == 1 else [batch.payloads[index] for index in indices],
+            [_SUFFIXES[index] for index in indices],
+            now,
+        )
+
+    def _pump_soon(self) -> None:
+        if not self._pump_due:
+            self._pump_due = True
+            self._loop.call_soon(self.pump)
+
+    # -- out -----------------------------------------------------------------------------------------------------
+
+    def pump(self) -> None:
+        """Give what waits to connections that can take it; open another one if none can."""
+        self._pump_due = False
+        if not self._backlog:
+            return
+        before = self.waiting
+        for connection in self._connections:
+            if not self._feed(connection):
+                break
+        if self.waiting < before:
+            self._on_room()
+        if self._backlog:
+            self._grow()
+            if self._patience is None:
+                self._watch_backlog()
+
+    def _feed(self, connection: Connection) -> bool:
+        """Fill one connection's free streams. False where nothing waits any more."""
+        while self._backlog:
+            free = connection.capacity
+            if free < self.waiting and free < _TOP_UP < connection.open_streams:
+                return True  # answers are on their way and will free more: fewer, larger writes
+            if not free:
+                return True
+            work = self._backlog[0]
+            count = min(free, len(work.keys) - work.place)
+            template, literals = self._spell(work.headers)
+            taken = connection.submit(work.requests(template, literals, count))
+            work.place += taken
+            self.waiting -= taken
+            if work.place == len(work.keys):
+                self._backlog.popleft()
+            if taken < count:
+                return True
+        return False
+
+    def _spell(self, headers: Headers) -> tuple[Template, tuple[tuple[bytes, bytes], ...]]:
+        authorization = self._tokens.field(self._clock())
+        if authorization is not self._spelt_with or len(self._spelt) > 256:
+            self._spelt.clear()
+            self._spelt_with = authorization
+        found = self._spelt.get(headers)
+        if found is None:
+            varying = (b"apns-id", b"apns-collapse-id") if headers.collapse_on_id else (b"apns-id",)
+            template = Template(
+                self._endpoint.host.encode(),
+                apns.PATH_PREFIX,
+                (authorization, *apns.constant_fields(headers)),
+                varying,
+            )
+            found = self._spelt[headers] = (template, tuple(apns.varying_fields(headers)))
+        return found
+
+    def _watch_backlog(self) -> None:
+        """Hand back what waited too long, so that nothing waits here beyond its lease."""
+        self._patience = None
+        oldest = self._loop.time() - self._settings.patience_s
+        while self._backlog and self._backlog[0].since <= oldest:
+            work = self._backlog.popleft()
+            keys = list(work.keys[work.place :])
+            self.waiting -= len(keys)
+            self.settle(keys, NotProcessed(self.trouble or "no free stream in time"))
+            self._on_room()
+        if self._backlog:
+            delay = self._backlog[0].since - oldest
+            self._patience = self._loop.call_later(max(delay, 0.1), self._watch_backlog)
+
+    # -- back ----------------------------------------------------------------------------------------------------
+
+    def settle(self, keys: list[int], outcome: Outcome) -> None:
+        """Report these to the batches that they belong to, a group each."""
+        keys.sort()
+        start, size = 0, len(keys)
+        while start < size:
+            number = keys[start] >> _INDEX_BITS
+            base = number << _INDEX_BITS
+            stop = size if keys[-1] >> _INDEX_BITS == number else bisect_left(keys, base + (1 << _INDEX_BITS), start)
+            count = stop - start
+            first, last = keys[start] - base, keys[stop - 1] - base
+            indices: Sequence[int] = (
+                range(first, last + 1) if last - first == count - 1 else [key - base for key in keys[start:stop]]
+            )
+            carried = self._carried[number]
+            carried.left -= count
+            if not carried.left:
+                del self._carried[number]
+            carried.report(indices, outcome)
+            start = stop
+
+    # -- connections ---------------------------------------------------------------------------------------------
+
+    def _grow(self) -> None:
+        """Open one more connection, if there may be more and none is on its way."""
+        usable = sum(connection.usable for connection in self._connections)
+        if self._connecting is None and usable < self._settings.connections and not self._closing:
+            self._connecting = self._loop.create_task(self._connect())
+
+    async def _connect(self) -> None:
+        endpoint = self._endpoint
+        keep = _UNIQUE_ID if endpoint.unique_ids else frozenset[bytes]()
+        try:
+            if self._failures:
+                # Full jitter; the first failure waits little, as a lone lost connection is no storm.
+                longest = min(self._settings.backoff_s, 0.5 * 2**self._failures)
+                await asyncio.sleep(random.uniform(0, longest))  # noqa: S311 - spreads load, guards nothing
+            async with asyncio.timeout(self._settings.connect_s):
+                link = await http2.connect(
+                    self._new_connection,
+                    host=endpoint.host,
+                    port=endpoint.port,
+                    tls=endpoint.tls,
+                    new_core=lambda now: ClientConnection(now, keep=keep),
+                )
+        except (OSError, TimeoutError) as error:
+            self._failures += 1
+            self.trouble = f"cannot connect to {endpoint.host}:{endpoint.port}: {str(error) or type(error).__name__}"
+            self._connecting = None
+            self._pump_soon()
+            return
+        self._connecting = None
+        self._failures = 0
+        self.trouble = None
+        self._connections.append(cast("Connection", link.session))
+        self._pump_soon()
+
+    def _new_connection(self, link: http2.Link[ClientConnection]) -> Connection:
+        return Connection(link, self, self._loop.time)
+
+    def lost(self, connection: Connection) -> None:
+        """A connection's socket is gone; what was open on it has been settled."""
+        if connection in self._connections:
+            self._connections.remove(connection)
+        self._pump_soon()
+
+    async def aclose(self) -> None:
+        """Take nothing more, hand back what waits, let open streams be answered, close."""
+        self._closing = True
+        if self._patience is not None:
+            self._patience.cancel()
+        if self._connecting is not None:
+            self._connecting.cancel()
+            await asyncio.gather(self._connecting, return_exceptions=True)
+        for work in list(self._backlog):
+            self.settle(list(work.keys[work.place :]), NotProcessed("the server is stopping"))
+        self._backlog.clear()
+        self.waiting = 0
+        connections = list(self._connections)
+        for connection in connections:
+            connection.finish()
+        for connection in connections:
+            await connection.closed  # ends: each stream has its deadline
