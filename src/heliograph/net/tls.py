@@ -66,8 +66,11 @@ def client_context(ca: bytes | Path | None = None) -> ssl.SSLContext:
 
     Raises ConfigError.
     """
+    if ca is None:
+        return _for_http2(ssl.create_default_context())
     try:
-        context = ssl.create_default_context(cadata=None if ca is None else _pem(ca, "authority").decode("ascii"))
+        # An empty text would be no text to Python, which then trusts the system's.
+        context = ssl.create_default_context(cadata=_pem(ca, "authority").decode("ascii") or "nothing")
     except (ssl.SSLError, ValueError):
         raise ConfigError("The authority to trust is not PEM: give a file that begins with BEGIN CERTIFICATE") from None
     return _for_http2(context)

@@ -288,8 +288,7 @@ class Decoder:
         self.changed += 1
         self._table.insert(-len(_STATIC), field)
         self._used += octets + _ENTRY_OVERHEAD
-        if self._used > self._limit:
-            self._evict()
+        self._evict()
 
     def _evict(self) -> None:
         while self._used > self._limit:

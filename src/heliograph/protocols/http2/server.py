@@ -40,7 +40,8 @@ def _status_octets(status: int) -> bytes:
 @lru_cache(maxsize=256)
 def _name_octets(name: bytes) -> bytes:
     """A literal without indexing, up to where its value's length begins."""
-    return encode_static([(name, b"")])[:-1]
+    # With an empty value, some names would be found in the static table as whole fields.
+    return encode_static([(name, b"?")])[:-2]
 
 
 class _Stream:

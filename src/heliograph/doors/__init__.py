@@ -1,0 +1,1 @@
+"""Northbound: one file a dialect."""

@@ -1,0 +1,368 @@
+"""What Apple would say: the keys, apps and devices it knows, and its judgement of a request. Pure.
+
+Devices are lenient: every well-formed device token is one of this environment and of the topic it is used with, until
+`register` or `unregister` says otherwise. So are teams: one without an app listed may send to every topic.
+
+The order of the checks. Apple publishes none; whatever is wrong first is answered.
+
+1. Method. Seen from outside: a HEAD with useless credentials draws 405 (appleboy/gorush, issue 568).
+2. Path: BadPath, then MissingDeviceToken. From here on the order is our choice.
+3. DuplicateHeaders, for `authorization` and `apns-*`.
+4. The provider token: missing, invalid, expired, of another key than the connection's first.
+5. Fields: `apns-id`, `apns-expiration`, `apns-collapse-id`, `apns-priority`, `apns-push-type`.
+6. The topic: missing, malformed or with a suffix that the push type does not have, of another team.
+7. The payload: empty, too large. What it says is not judged.
+8. The device token: malformed or of the other environment, of another topic, unregistered.
+
+Sources: Apple, "Sending notification requests to APNs" and "Handling notification responses from APNs".
+"""
+
+from __future__ import annotations
+
+import re
+from binascii import unhexlify
+from collections import deque
+from collections.abc import Sequence
+from uuid import uuid4
+
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
+from msgspec import Struct
+
+from heliograph import reasons
+from heliograph.errors import Refused
+from heliograph.model import DeviceToken, Environment, PushType, SigningKey
+from heliograph.protocols import apns
+from heliograph.protocols.http2 import Field
+from heliograph.protocols.provider_token import MAX_AGE_S, Claims, public_key, verify
+from heliograph.reasons import Reason
+from heliograph.simulator.faults import Answer, Faults
+
+KEEP = 1000
+"""Notifications that stay readable in `Apple.received`."""
+
+MAX_PAYLOAD_BYTES = 4096
+MAX_VOIP_PAYLOAD_BYTES = 5120
+
+_VARYING = frozenset((b":path", b"apns-id", b"apns-expiration", b"apns-collapse-id", b"content-length"))
+"""Fields that may differ from request to request; what a client says in all others is judged once a connection."""
+_REMEMBERED = 64
+"""Sets of the other fields that a connection is remembered for, and provider tokens that were verified."""
+_MAX_EXPIRATION = 2**32 - 1
+
+_uuid = re.compile(rb"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}").fullmatch
+_topic = re.compile(rb"[A-Za-z0-9._-]{1,255}").fullmatch
+_PUSH_TYPES = {kind.encode(): kind for kind in PushType}
+_PRIORITIES = frozenset((b"1", b"5", b"10"))
+
+
+class Received(Struct, frozen=True):
+    """A notification that was accepted: what its device would be shown."""
+
+    id: str
+    """The `apns-id`, the client's or ours."""
+    token: DeviceToken
+    topic: str
+    push_type: PushType
+    payload: bytes
+    collapse_id: str | None = None
+
+    def __repr__(self) -> str:
+        return f"<notification {self.id} for {self.topic}>"
+
+
+class Verdict(Struct, frozen=True, gc=False):
+    """The answer to one request."""
+
+    status: int
+    apns_id: bytes
+    reason: str | None = None
+    since: int | None = None
+    """UNIX milliseconds, with 410."""
+    retry_after_s: int | None = None
+    unique_id: bytes | None = None
+    """`apns-unique-id`, which Apple gives in the development environment."""
+
+
+class Visit:
+    """What Apple remembers of one connection."""
+
+    __slots__ = ("epoch", "key_id", "memo")
+
+    def __init__(self) -> None:
+        self.key_id: str | None = None
+        """The key of the first good provider token; None while there was none."""
+        self.memo: dict[tuple[Field, ...], _Common] = {}
+        self.epoch = 0
+
+
+class _Device(Struct, frozen=True):
+    """A device token of which more is known than that it exists."""
+
+    topic: bytes | None = None
+    environment: Environment | None = None
+    since: int | None = None
+    """UNIX milliseconds from which it is dead."""
+
+
+class _Common(Struct, frozen=True):
+    """What the fields say that a client repeats in request after request, by the checks in the module's list."""
+
+    method: Reason | None
+    duplicate: bool
+    provider_token: Reason | None
+    good_until: float
+    """UNIX seconds at which the provider token expires."""
+    late: Reason | None
+    """What is wrong with priority, push type or topic."""
+    topic: str
+    topic_octets: bytes
+    push_type: PushType
+    max_payload_bytes: int
+
+
+class Apple(Faults):
+    """Judges requests; can be told what there is (`add_app`, `unregister`, ...) and how to misbehave (`Faults`)."""
+
+    def __init__(self, environment: Environment = Environment.PRODUCTION, *, keep: int = KEEP) -> None:
+        """`keep`: how many accepted notifications stay readable; 0 for a benchmark."""
+        super().__init__()
+        self.environment = environment
+        self._kept: deque[Received] = deque(maxlen=keep)
+        self._keeps = keep > 0
+        self._keys: dict[str, tuple[str, EllipticCurvePublicKey]] = {}
+        self._apps: dict[str, set[str]] = {}
+        """Bundle ids of each team that has any."""
+        self._devices: dict[bytes, _Device] = {}
+        self._claims: dict[bytes, Claims] = {}
+        """Provider tokens that were verified: the signature costs some 100 us."""
+        self._epoch = 0
+        """Grows when what connections remember may have become wrong."""
+        # Ids that we make share their beginning with no other simulator, and end in a number.
+        self._id_prefix = str(uuid4())[:24]
+        self._ids = 0
+
+    # -- what there is -------------------------------------------------------------------------------------------
+
+    @property
+    def received(self) -> list[Received]:
+        """The notifications that were accepted last, oldest first."""
+        return list(self._kept)
+
+    def clear_received(self) -> None:
+        """Forget what was received so far."""
+        self._kept.clear()
+
+    def add_key(self, key: SigningKey) -> None:
+        """Take provider tokens made with this key. Raises ConfigError where it is none."""
+        self._keys[key.key_id] = (key.team_id, public_key(key))
+        self._claims.clear()
+        self._epoch += 1
+
+    def add_app(self, bundle_id: str, team_id: str) -> None:
+        """This app is of this team, whose keys may send to its topics; from now on, to those of listed apps only."""
+        self._apps.setdefault(team_id, set()).add(bundle_id)
+        self._epoch += 1
+
+    def register(self, token: str, *, topic: str | None = None, environment: Environment | None = None) -> None:
+        """The device token is alive (again). It is for `topic` only and of `environment`; None: any, and ours."""
+        self._devices[apns.check_token(token)] = _Device(None if topic is None else topic.encode(), environment)
+
+    def unregister(self, token: str, since: int) -> None:
+        """The app is gone from the device: 410 from now on, with `since` (UNIX milliseconds) as its timestamp."""
+        self._devices[apns.check_token(token)] = _Device(since=since)
+
+    # -- the judgement -------------------------------------------------------------------------------------------
+
+    def judge(
+        self, visit: Visit, fields: Sequence[Field], body: bytes, now: float, instead: Answer | None = None
+    ) -> Verdict:
+        """The answer to a request, which is from then on received if that is 200.
+
+        `now` is UNIX seconds, `instead` what to say where 200 was due. A body longer than any limit may be cut short.
+        """
+        varying: dict[bytes, bytes] = {}
+        shared = []
+        for field in fields:
+            name = field[0]
+            if name in _VARYING:
+                varying[name] = field[1]
+            else:
+                shared.append(field)
+        if visit.epoch != self._epoch:
+            visit.epoch = self._epoch
+            visit.memo.clear()
+        key = tuple(shared)
+        common = visit.memo.get(key)
+        if common is None:
+            common = self._read(visit, key, now)
+
+        apns_id = varying.get(b"apns-id")
+        known_id = apns_id if apns_id is not None and _uuid(apns_id) else self._new_id()
+        path = varying.get(b":path", b"")
+        token = path[len(apns.PATH_PREFIX) :].lower()
+        expiration = varying.get(b"apns-expiration")
+        collapse_id = varying.get(b"apns-collapse-id")
+        device = self._devices.get(token)
+
+        if common.method is not None:
+            no = common.method
+        elif not path.startswith(apns.PATH_PREFIX):
+            no = reasons.BAD_PATH
+        elif not token:
+            no = reasons.MISSING_DEVICE_TOKEN
+        elif common.duplicate or len(varying) + len(key) != len(fields):
+            no = reasons.DUPLICATE_HEADERS
+        elif common.provider_token is not None:
+            no = common.provider_token
+        elif now > common.good_until:
+            no = reasons.EXPIRED_PROVIDER_TOKEN
+        elif known_id is not apns_id and apns_id is not None:
+            no = reasons.BAD_MESSAGE_ID
+        elif expiration is not None and not _is_expiration(expiration):
+            no = reasons.BAD_EXPIRATION_DATE
+        elif collapse_id is not None and len(collapse_id) > apns.MAX_COLLAPSE_ID_BYTES:
+            no = reasons.BAD_COLLAPSE_ID
+        elif common.late is not None:
+            no = common.late
+        elif not body:
+            no = reasons.PAYLOAD_EMPTY
+        elif len(body) > common.max_payload_bytes:
+            no = reasons.PAYLOAD_TOO_LARGE
+        elif not _is_token(token) or (device is not None and device.environment not in (None, self.environment)):
+            no = reasons.BAD_DEVICE_TOKEN
+        elif device is not None and device.topic not in (None, common.topic_octets):
+            no = reasons.DEVICE_TOKEN_NOT_FOR_TOPIC
+        elif device is not None and device.since is not None:
+            return Verdict(410, known_id, reasons.UNREGISTERED.word, device.since)
+        elif instead is not None:
+            return Verdict(instead.status, known_id, instead.reason, instead.since, instead.retry_after_s)
+        else:
+            if self._keeps:
+                self._kept.append(
+                    Received(
+                        known_id.decode(),
+                        DeviceToken(token.decode()),
+                        common.topic,
+                        common.push_type,
+                        body,
+                        None if collapse_id is None else collapse_id.decode("utf-8", "replace"),
+                    )
+                )
+            if self.environment is Environment.DEVELOPMENT:
+                return Verdict(200, known_id, unique_id=self._new_id())
+            return Verdict(200, known_id)
+        return Verdict(no.status, known_id, no.word)
+
+    def _new_id(self) -> bytes:
+        self._ids += 1
+        return f"{self._id_prefix}{self._ids:012x}".encode()
+
+    def _read(self, visit: Visit, shared: tuple[Field, ...], now: float) -> _Common:
+        values: dict[bytes, bytes] = {}
+        duplicate = False
+        for name, value in shared:
+            if name in values and (name == b"authorization" or name.startswith(b"apns-")):
+                duplicate = True
+            values[name] = value
+        push_type, topic = values.get(b"apns-push-type"), values.get(b"apns-topic", b"")
+        kind = _implied(topic) if push_type is None else _PUSH_TYPES.get(push_type)
+        priority = values.get(b"apns-priority")
+        refusal, claims = None, None
+        if not duplicate:
+            try:
+                claims = self._authenticate(visit, values.get(b"authorization", b""), now)
+            except Refused as no:
+                refusal = reasons.find(no.reason)
+        if priority is not None and (priority not in _PRIORITIES or (kind is PushType.BACKGROUND and priority != b"5")):
+            late: Reason | None = reasons.BAD_PRIORITY
+        elif kind is None:
+            late = reasons.INVALID_PUSH_TYPE
+        elif not topic:
+            late = reasons.MISSING_TOPIC
+        elif not _topic(topic):
+            late = reasons.BAD_TOPIC
+        elif claims is not None:
+            late = self._judge_topic(topic.decode(), kind, claims.team_id)
+        else:
+            late = None
+        common = _Common(
+            None if values.get(b":method") == b"POST" else reasons.METHOD_NOT_ALLOWED,
+            duplicate,
+            refusal,
+            0.0 if claims is None else claims.issued_at + MAX_AGE_S,
+            late,
+            topic.decode("utf-8", "replace"),
+            topic,
+            kind or PushType.ALERT,
+            MAX_VOIP_PAYLOAD_BYTES if kind is PushType.VOIP else MAX_PAYLOAD_BYTES,
+        )
+        # A refusal may be right now and wrong later (a token from the future), so it is not remembered.
+        if claims is not None:
+            if len(visit.memo) >= _REMEMBERED:
+                visit.memo.clear()
+            visit.memo[shared] = common
+        return common
+
+    def _authenticate(self, visit: Visit, authorization: bytes, now: float) -> Claims:
+        """Whose provider token it is. Raises Refused with Apple's reason."""
+        scheme, _, token = authorization.partition(b" ")
+        if scheme.lower() != b"bearer" or not token:
+            raise Refused(reasons.MISSING_PROVIDER_TOKEN.word, "There is no provider token.")
+        claims = self._claims.get(token)
+        if claims is None:
+            claims = verify(token, self._find_key, now)
+            if claims.team_id != self._keys[claims.key_id][0]:
+                raise Refused(reasons.INVALID_PROVIDER_TOKEN.word, "The signing key is of another team.")
+            if len(self._claims) >= _REMEMBERED:
+                self._claims.clear()
+            self._claims[token] = claims
+        if now > claims.issued_at + MAX_AGE_S:
+            raise Refused(reasons.EXPIRED_PROVIDER_TOKEN.word, "The provider token is older than an hour.")
+        if visit.key_id not in (None, claims.key_id):
+            raise Refused(reasons.UNRELATED_KEY_ID_IN_TOKEN.word, "The connection began with another key.")
+        visit.key_id = claims.key_id
+        return claims
+
+    def _find_key(self, key_id: str) -> EllipticCurvePublicKey | None:
+        known = self._keys.get(key_id)
+        return None if known is None else known[1]
+
+    def _judge_topic(self, topic: str, kind: PushType, team_id: str) -> Reason | None:
+        apps = self._apps.get(team_id)
+        if apps is None:
+            return None if topic.endswith(apns.topic_for("", kind)) else reasons.BAD_TOPIC
+        if apns.allowed_topic(topic, kind, apps):
+            return None
+        ours = any(topic == apns.topic_for(app, other) for app in apps for other in PushType)
+        return reasons.BAD_TOPIC if ours else reasons.TOPIC_DISALLOWED
+
+
+def addressed_to(fields: Sequence[Field]) -> tuple[bytes, bytes]:
+    """The device token (lower case) and topic of a request, unjudged; empty where it names none."""
+    path = topic = b""
+    for name, value in fields:
+        if name == b":path":
+            path = value
+        elif name == b"apns-topic":
+            topic = value
+    return path[len(apns.PATH_PREFIX) :].lower() if path.startswith(apns.PATH_PREFIX) else b"", topic
+
+
+def _implied(topic: bytes) -> PushType:
+    """The push type of a request that names none: old clients leave it to the topic."""
+    for kind in PushType:
+        suffix = apns.topic_for("", kind).encode()
+        if suffix and topic.endswith(suffix):
+            return kind
+    return PushType.ALERT
+
+
+def _is_expiration(value: bytes) -> bool:
+    return value.isdigit() and len(value) <= 10 and int(value) <= _MAX_EXPIRATION
+
+
+def _is_token(token: bytes) -> bool:
+    try:
+        return len(unhexlify(token)) <= apns.MAX_TOKEN_BYTES
+    except ValueError:
+        return False

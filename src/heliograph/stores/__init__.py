@@ -1,0 +1,1 @@
+"""Durable state: one file a database, each both Queue and Store."""

@@ -1,0 +1,743 @@
+"""Queue and Store in one SQLite file: one writer thread with group commit, one reader thread beside it.
+
+Callers hand functions to the writer. It runs all that wait in one transaction, commits (WAL, synchronous=FULL: then the
+data is on disk) and answers them together. What comes in during one commit is the next group; nothing waits for a group
+to grow. Readers see the last commit and do not wait for the next.
+
+One process a file, by a kernel lock on `<path>.lock`. Two things follow. A lease found on opening belongs to a dead
+process and is void at once. And time is counted from the opening by the monotonic clock: setting the machine's clock
+neither ends leases nor moves what waits. The wall clock is read on opening, and then only to learn how far away a time
+is that a caller names.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import hashlib
+import math
+import os
+import queue
+import re
+import threading
+import time
+from array import array
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple, Self, TypeVar
+
+import apsw
+import msgspec
+
+from heliograph.errors import Overloaded, StoreBusy, StoreError
+from heliograph.model import Batch, Detail, Environment, Lease, LeaseEnd, Outcomes, Receipt, Removal, State
+from heliograph.stores.body import pack, unpack
+
+T = TypeVar("T")
+Row = tuple[Any, ...]
+
+RETRY_AFTER_S = 5.0
+"""What Overloaded tells callers to wait: long enough for several hundred thousand to leave."""
+
+PURGE_SLICE = 50
+"""Batches deleted in one transaction; some milliseconds of the writer's time, so that nobody waits long behind it."""
+
+UNREADABLE = "Unreadable"
+"""The reason in the receipts of a batch whose stored body is damaged."""
+
+_PAGE_OCTETS = (
+    16384  # A full batch then takes 10 pages and not 37: 40 % less CPU to store it, 20 % more for a lone one.
+)
+_CHECKPOINT_PAGES = 512  # 8 MB: larger ones save next to nothing and stall the writer for longer.
+
+_PUT_BATCH = """
+INSERT INTO batch (id, app, environment, created_at, size, body) VALUES (?, ?, ?, ?, ?, ?)
+ON CONFLICT (id) DO NOTHING"""  # RETURNING row would make it four times as dear
+
+_PUT_JOB = "INSERT INTO job (row, size, due_at) VALUES (?, ?, ?)"
+
+# Leases that ran out are few; they are sorted in among what is due. CROSS JOIN fixes the order of the loops.
+_DUE = """
+SELECT row, id, app, environment, created_at, size, body, attempt + 1, recorded, states, times_ms, details
+FROM (
+    SELECT row, due_at, attempt FROM (
+        SELECT * FROM (
+            SELECT row, due_at, attempt FROM job INDEXED BY job_due
+            WHERE due_at <= ?1 AND leased_until IS NULL ORDER BY due_at, row LIMIT ?2)
+        UNION ALL
+        SELECT * FROM (
+            SELECT row, due_at, attempt FROM job INDEXED BY job_leased
+            WHERE leased_until <= ?1 ORDER BY leased_until LIMIT ?2))
+    ORDER BY due_at, row LIMIT ?2) AS ready
+CROSS JOIN batch USING (row)
+LEFT JOIN (SELECT row, attempt AS recorded, states, times_ms, details FROM outcome) USING (row)
+ORDER BY due_at, row"""
+
+_NEXT_DUE = """
+SELECT min(at) FROM (
+    SELECT min(due_at) AS at FROM job WHERE due_at IS NOT NULL AND leased_until IS NULL
+    UNION ALL SELECT min(leased_until) FROM job WHERE leased_until IS NOT NULL)"""
+
+_LEASE = "UPDATE job SET attempt = attempt + 1, leased_until = ? WHERE row IN carray(?)"
+
+_GIVE_BACK = "UPDATE job SET attempt = attempt - 1, leased_until = NULL WHERE row = ? AND attempt = ?"
+
+_FINISH = """
+UPDATE job SET due_at = ?3, leased_until = NULL
+WHERE row = (SELECT row FROM batch WHERE id = ?1) AND attempt = ?2 AND leased_until IS NOT NULL
+RETURNING CASE WHEN due_at IS NULL THEN size ELSE 0 END"""
+
+_RECORD = """
+INSERT INTO outcome (row, attempt, states, times_ms, details)
+SELECT row, ?2, ?3, ?4, ?5 FROM job WHERE row = (SELECT row FROM batch WHERE id = ?1) AND attempt <= ?2
+ON CONFLICT (row) DO UPDATE SET attempt = excluded.attempt, states = excluded.states,
+    times_ms = excluded.times_ms, details = excluded.details
+WHERE excluded.attempt >= outcome.attempt"""
+
+# What is no hex is kept as it is: it can be looked up all the same.
+_REMOVE = """
+INSERT INTO removal (app, environment, token, since) VALUES (?1, ?2, coalesce(unhex(?3), ?3), ?4)
+ON CONFLICT (app, environment, token) DO UPDATE SET since = excluded.since WHERE excluded.since > removal.since"""
+
+_REMOVED = """
+SELECT value FROM carray(?) WHERE EXISTS (
+    SELECT 1 FROM removal WHERE app = ? AND environment = ? AND token = coalesce(unhex(value), value))"""
+
+_RECEIPTS = """
+SELECT id, app, created_at, size, states, times_ms, details
+FROM carray(?) AS wanted CROSS JOIN batch ON batch.id = wanted.value LEFT JOIN outcome USING (row)"""
+
+_FINISHED = """
+SELECT id, row FROM batch CROSS JOIN job USING (row)
+WHERE id > ? AND id < ? AND due_at IS NULL ORDER BY id LIMIT ?"""
+
+_CANONICAL = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+_encode_details = msgspec.msgpack.Encoder().encode
+_decode_details = msgspec.msgpack.Decoder(tuple[Detail, ...]).decode
+
+
+class SqliteStore:
+    """Queue and Store (see `ports`) in one file, for callers on asyncio's or uvloop's loops.
+
+    Every method raises StoreError when the file cannot be read or written, and once the store is closed. A call that is
+    cancelled may have had its effect all the same, but for `take`: it gives back what it had leased.
+    """
+
+    @classmethod
+    async def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+        lease_s: float = 60.0,
+        max_waiting: int = 5_000_000,
+    ) -> Self:
+        """Open or make the store at `path`, bring its schema up to date and void the leases of a former process.
+
+        `clock` gives UNIX seconds, `monotonic` seconds from anywhere. `max_waiting` is how many unfinished
+        notifications are kept before `put` raises Overloaded. Raises StoreBusy when the store is open already, in this
+        process or another, and StoreError when it cannot be used.
+        """
+        path = Path(path)
+        return await asyncio.to_thread(cls, path, clock, monotonic, lease_s, max_waiting)
+
+    def __init__(
+        self,
+        path: Path,
+        clock: Callable[[], float],
+        monotonic: Callable[[], float],
+        lease_s: float,
+        max_waiting: int,
+    ) -> None:
+        """Works on the disk: `open` is the way in."""
+        self._path = path
+        self._clock = clock
+        self._monotonic = monotonic
+        self._opened_at = clock() - monotonic()
+        self._lease_s = lease_s
+        self._max_waiting = max_waiting
+        self._takers = _Takers()
+        with contextlib.ExitStack() as undo:
+            try:
+                _make_directory(path.parent)
+                undo.enter_context(_locked(path))
+                # SQLite gives its other files the mode of this one. Later on nothing in this process may open and close
+                # the file beside SQLite: that would drop its locks (POSIX, fcntl).
+                os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+                writer = undo.enter_context(contextlib.closing(_connect(path)))
+                waiting = _prepare(writer, path, self._now())
+                self._reader = undo.enter_context(contextlib.closing(_connect(path)))
+                self._reader.pragma("query_only", value=True)
+            except (apsw.Error, OSError) as error:
+                raise _store_error(path, error) from error
+            self._opened = undo.pop_all()
+        self._readers = ThreadPoolExecutor(1, "heliograph-sqlite-reader")
+        self._writer = _Writer(writer, path, waiting, self._takers.wake)
+
+    @property
+    def commits(self) -> int:
+        """Transactions that changed something, since the opening."""
+        return self._writer.commits
+
+    @property
+    def waiting(self) -> int:
+        """Notifications in batches that are not finished."""
+        return self._writer.waiting
+
+    # Queue
+
+    async def put(self, batches: Sequence[Batch]) -> None:
+        if not batches:
+            return
+        count = sum(map(len, batches))
+        rows = [
+            (_key(batch.id), batch.app, batch.environment.value, batch.created_at, len(batch), pack(batch))
+            for batch in batches
+        ]
+
+        def write(db: apsw.Connection) -> None:
+            if self._writer.counted + count > self._max_waiting:
+                raise Overloaded(
+                    f"{self._writer.counted} notifications are waiting and {self._max_waiting} may",
+                    retry_after_s=RETRY_AFTER_S,
+                )
+            now = self._now()
+            for row in rows:
+                db.execute(_PUT_BATCH, row)
+                if db.changes():
+                    size = row[4]
+                    db.execute(_PUT_JOB, (db.last_insert_rowid(), size, now))
+                    self._writer.counted += size
+
+        await self._writer.run(write, wakes=True)
+
+    async def take(self, limit: int) -> Sequence[Lease]:
+        if limit < 1:
+            raise ValueError(f"take at least one batch, not {limit}")
+        while True:
+            seen = self._takers.changes
+            rows, wait_s = await self._lease(limit)
+            if leases := self._readable(rows):
+                return leases
+            if not rows:
+                await self._takers.wait(seen, wait_s)
+
+    async def finish(self, ends: Sequence[LeaseEnd]) -> None:
+        if not ends:
+            return
+        ahead = self._now() - self._clock()
+        rows = [
+            (_key(end.batch_id), end.attempt, None if end.again_at is None else end.again_at + ahead) for end in ends
+        ]
+        await self._writer.run(
+            lambda db: self._finish(db, rows),
+            wakes=any(end.again_at is not None for end in ends),
+        )
+
+    # Store
+
+    async def record(self, outcomes: Sequence[Outcomes], removals: Sequence[Removal]) -> None:
+        if not outcomes and not removals:
+            return
+        known = [_outcome_row(each) for each in outcomes]
+        dead = [(each.app, each.environment.value, each.token.encode(), each.since) for each in removals]
+
+        def write(db: apsw.Connection) -> None:
+            db.executemany(_RECORD, known)
+            db.executemany(_REMOVE, dead)
+
+        await self._writer.run(write)
+
+    async def find_receipts(self, ids: Sequence[str]) -> Sequence[Receipt | None]:
+        receipts: list[Receipt | None] = [None] * len(ids)
+        canonical = list(map(str.lower, ids))
+        wanted: dict[str, list[int]] = {}
+        for position, text in enumerate(canonical):
+            if _CANONICAL.fullmatch(text):
+                wanted.setdefault(text[:-4], []).append(position)
+        if wanted:
+            for row in await self._read(_RECEIPTS, apsw.carray(tuple(map(_key, wanted)))):
+                details = {detail.index: detail for detail in _details(row[-1])}
+                for position in wanted[_text(row[0])]:
+                    receipts[position] = _receipt(canonical[position], row, details)
+        return receipts
+
+    async def removed_among(self, app: str, environment: Environment, tokens: Collection[bytes]) -> set[bytes]:
+        if not tokens:
+            return set()
+        return {token for (token,) in await self._read(_REMOVED, apsw.carray(tuple(tokens)), app, environment.value)}
+
+    async def purge(self, before: float) -> int:
+        """Delete finished batches made before `before` (UNIX seconds), and with them their receipts.
+
+        Returns how many batches. Unfinished ones stay, whatever their age.
+        """
+        # A UUIDv7 begins with its milliseconds (RFC 9562, section 5.7): ids are in the order of time.
+        last, end = b"", max(0, math.ceil(before * 1000)).to_bytes(6, "big")
+        count = 0
+        while finished := await self._read(_FINISHED, last, end, PURGE_SLICE):
+            last = finished[-1][0]
+            rows = array("q", [row for _, row in finished])
+
+            def delete(db: apsw.Connection, rows: array[int] = rows) -> None:
+                for table in ("outcome", "job", "batch"):
+                    db.execute(f"DELETE FROM {table} WHERE row IN carray(?)", (apsw.carray(rows),))  # noqa: S608
+
+            await self._writer.run(delete)
+            count += len(finished)
+        return count
+
+    async def aclose(self) -> None:
+        """Do what was asked for, refuse what comes now, fold the log into the file, release the lock.
+
+        Calls of `take` that wait end with StoreError.
+        """
+        self._writer.close()
+        self._takers.wake()
+        await asyncio.to_thread(self._end)
+
+    # Below the ports
+
+    def _now(self) -> float:
+        """UNIX seconds as on opening, counted on from there by the monotonic clock."""
+        return self._opened_at + self._monotonic()
+
+    async def _read(self, sql: str, *bindings: Any) -> list[Row]:
+        def read() -> list[Row]:
+            try:
+                return self._reader.execute(sql, bindings).fetchall()
+            except apsw.Error as error:
+                raise _store_error(self._path, error) from error
+
+        if self._writer.closed:
+            raise _closed(self._path)
+        return await asyncio.get_running_loop().run_in_executor(self._readers, read)
+
+    async def _lease(self, limit: int) -> tuple[list[Row], float]:
+        """Rows of `_DUE`, leased now; or none, and the seconds until there will be one."""
+
+        def write(db: apsw.Connection) -> tuple[list[Row], float]:
+            now = self._now()
+            rows = db.execute(_DUE, (now, limit)).fetchall()
+            if not rows:
+                at = db.execute(_NEXT_DUE).get
+                return [], math.inf if at is None else at - now
+            db.execute(_LEASE, (now + self._lease_s, apsw.carray(array("q", [row[0] for row in rows]))))
+            return rows, 0.0
+
+        def give_back(leased: asyncio.Future[tuple[list[Row], float]]) -> None:
+            if leased.cancelled() or leased.exception() is not None:
+                return
+            rows = [(row[0], row[7]) for row in leased.result()[0]]
+            self._run_unattended(lambda db: db.executemany(_GIVE_BACK, rows), wakes=True)
+
+        leasing = self._writer.run(write)
+        try:
+            return await asyncio.shield(leasing)
+        except asyncio.CancelledError:
+            leasing.add_done_callback(give_back)
+            raise
+
+    def _readable(self, rows: Sequence[Row]) -> list[Lease]:
+        """Leases of rows of `_DUE`. A batch whose body is damaged is buried here: it must not hold up the others."""
+        leases = []
+        for _, key, app, environment, created_at, size, body, attempt, recorded, states, times_ms, details in rows:
+            name = _text(key)
+            known = None if states is None else Outcomes(name, recorded, states, times_ms, _details(details))
+            try:
+                leases.append(Lease(unpack(name, app, Environment(environment), created_at, body), known, attempt))
+            except StoreError:
+                known = known or Outcomes(name, attempt, bytes(size), bytes(4 * size))
+                self._bury(known, attempt, self._clock() - created_at)
+        return leases
+
+    def _bury(self, known: Outcomes, attempt: int, age_s: float) -> None:
+        buried = _outcome_row(_buried(known, attempt, age_s))
+        ended = (buried[0], attempt, None)
+
+        def write(db: apsw.Connection) -> None:
+            db.execute(_RECORD, buried)
+            self._finish(db, [ended])
+
+        self._run_unattended(write)
+
+    def _finish(self, db: apsw.Connection, rows: Sequence[Row]) -> None:
+        self._writer.counted -= sum(size for (size,) in db.executemany(_FINISH, rows))
+
+    def _run_unattended(self, work: Callable[[apsw.Connection], object], *, wakes: bool = False) -> None:
+        """Where this fails, the lease that it was to end runs out, or is void on the next opening."""
+        with contextlib.suppress(StoreError):
+            done = self._writer.run(work, wakes=wakes)
+            done.add_done_callback(lambda future: future.cancelled() or future.exception())
+
+    def _end(self) -> None:
+        self._readers.shutdown()
+        self._writer.join()
+        self._opened.close()
+
+
+class _Operation:
+    """What one caller wants of the writer, and where the answer goes."""
+
+    __slots__ = ("error", "future", "result", "wakes", "work")
+
+    def __init__(self, work: Callable[[apsw.Connection], Any], future: asyncio.Future[Any], *, wakes: bool) -> None:
+        self.work = work
+        self.future = future
+        self.wakes = wakes
+        self.result: Any = None
+        self.error: Exception | None = None
+
+
+class _Writer:
+    """The connection that writes, its thread, and group commit.
+
+    An operation that fails fails alone: the group's two halves are tried again, each in a transaction of its own, and
+    so on down to the one at fault. When the commit itself fails, nothing of the group has happened.
+    """
+
+    def __init__(self, db: apsw.Connection, path: Path, waiting: int, wake: Callable[[], None]) -> None:
+        self.commits = 0
+        self.waiting = waiting
+        self.counted = waiting
+        """`waiting` as the transaction under way will leave it; operations count here."""
+        self.closed = False
+        self._db = db
+        self._path = path
+        self._wake = wake
+        self._gate = threading.Lock()
+        self._operations: queue.SimpleQueue[_Operation | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="heliograph-sqlite-writer", daemon=True)
+        self._thread.start()
+
+    def run(self, work: Callable[[apsw.Connection], T], *, wakes: bool = False) -> asyncio.Future[T]:
+        """Have `work` done with the next group; the future ends when that is on disk.
+
+        `work` may be called more than once, each time on a clean slate. `wakes`: afterwards something may be due.
+        """
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        with self._gate:  # so that nothing comes in behind the None that ends the thread
+            if self.closed:
+                raise _closed(self._path)
+            self._operations.put(_Operation(work, future, wakes=wakes))
+        return future
+
+    def close(self) -> None:
+        """Let the thread end after what it was given so far. May be called again."""
+        with self._gate:
+            if not self.closed:
+                self.closed = True
+                self._operations.put(None)
+
+    def join(self) -> None:
+        self._thread.join()
+
+    def _work(self) -> None:
+        ending = False
+        while not ending:
+            taken = [self._operations.get()]
+            taken += [self._operations.get() for _ in range(self._operations.qsize())]
+            group = [operation for operation in taken if operation is not None]
+            ending = len(group) < len(taken)
+            self._commit(group)
+            if any(operation.wakes for operation in group):
+                self._wake()
+            _answer(group)
+        with contextlib.suppress(apsw.Error):  # a reader from outside may be in the way: the log is as good as the file
+            self._db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+
+    def _commit(self, group: Sequence[_Operation]) -> None:
+        if not group:
+            return
+        self.counted = self.waiting
+        changes = self._db.total_changes()
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            fault = self._try(group)
+            if fault is None:
+                self._db.execute("COMMIT")
+            self._roll_back()
+        except apsw.Error as error:
+            self._roll_back()
+            for operation in group:
+                operation.error = _store_error(self._path, error)
+            return
+        if fault is None:
+            self.waiting = self.counted
+            self.commits += self._db.total_changes() != changes
+        elif len(group) == 1:
+            group[0].error = _store_error(self._path, fault) if isinstance(fault, apsw.Error) else fault
+        else:
+            half = len(group) // 2
+            self._commit(group[:half])
+            self._commit(group[half:])
+
+    def _try(self, group: Sequence[_Operation]) -> Exception | None:
+        """Do all of the group; what went wrong, if anything did."""
+        for operation in group:
+            operation.error = None
+            try:
+                operation.result = operation.work(self._db)
+            except Overloaded as refusal:  # raised before anything was written
+                operation.error = refusal
+            except Exception as error:  # noqa: BLE001 - it is the caller's, who gets it
+                return error
+        return None
+
+    def _roll_back(self) -> None:
+        if self._db.in_transaction:  # some errors have rolled back already
+            with contextlib.suppress(apsw.Error):  # then BEGIN will say so to everyone
+                self._db.execute("ROLLBACK")
+
+
+def _answer(group: Sequence[_Operation]) -> None:
+    """Wake each event loop once for all that it waits for."""
+    loops: dict[asyncio.AbstractEventLoop, list[_Operation]] = {}
+    for operation in group:
+        loops.setdefault(operation.future.get_loop(), []).append(operation)
+    for loop, operations in loops.items():
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(_resolve, operations)
+
+
+def _resolve(operations: Sequence[_Operation]) -> None:
+    for operation in operations:
+        if operation.future.done():  # its caller was cancelled
+            continue
+        if operation.error is None:
+            operation.future.set_result(operation.result)
+        else:
+            operation.future.set_exception(operation.error)
+
+
+class _Takers:
+    """Calls of `take` that found nothing due, on any event loop."""
+
+    def __init__(self) -> None:
+        self.changes = 0
+        self._waiters: set[asyncio.Future[None]] = set()
+        self._gate = threading.Lock()  # the writer's thread wakes, the loops' threads wait
+
+    def wake(self) -> None:
+        with self._gate:
+            self.changes += 1
+            waiters, self._waiters = self._waiters, set()
+        for waiter in waiters:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                waiter.get_loop().call_soon_threadsafe(_end, waiter)
+
+    async def wait(self, seen: int, seconds: float) -> None:
+        """Return after `seconds`, or as soon as `changes` is no longer `seen`."""
+        loop = asyncio.get_running_loop()
+        waiter: asyncio.Future[None] = loop.create_future()
+        with self._gate:
+            if self.changes != seen:
+                return
+            self._waiters.add(waiter)
+        # A loop's timer may ring early by the loop's resolution: a millisecond keeps that from becoming a spin.
+        timer = loop.call_later(max(seconds, 0.001), _end, waiter) if seconds < math.inf else None
+        try:
+            await waiter
+        finally:
+            if timer is not None:
+                timer.cancel()
+            with self._gate:
+                self._waiters.discard(waiter)
+
+
+def _end(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
+
+
+def _key(id: str) -> bytes:
+    """The 16 octets of the batch with this id, which lacks its last four digits (see `Batch.id`)."""
+    return bytes.fromhex(id.replace("-", "") + "0000")
+
+
+def _text(key: bytes) -> str:
+    digits = key.hex()
+    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:28]}"
+
+
+def _outcome_row(known: Outcomes) -> Row:
+    details = _encode_details(known.details) if known.details else None
+    return _key(known.batch_id), known.attempt, known.states, known.times_ms, details
+
+
+def _details(stored: bytes | None) -> tuple[Detail, ...]:
+    return _decode_details(stored) if stored else ()
+
+
+def _receipt(id: str, row: Row, details: dict[int, Detail]) -> Receipt | None:
+    """The receipt of `id` from its batch's row of `_RECEIPTS`; None where the batch has no such place."""
+    _, app, created_at, size, states, times_ms, _ = row
+    index = int(id[-4:], 16) - 1
+    if not 0 <= index < size:
+        return None
+    state = State.QUEUED if states is None else State(states[index])
+    detail = details.get(index)
+    if detail is None and state is State.QUEUED:
+        return Receipt(id, app, state, created_at)
+    updated_at = created_at + int.from_bytes(times_ms[4 * index : 4 * index + 4], "big") / 1000
+    if detail is None:
+        return Receipt(id, app, state, created_at, updated_at, attempts=1 if state is State.ACCEPTED else 0)
+    return Receipt(
+        id,
+        app,
+        state,
+        created_at,
+        updated_at,
+        reason=detail.reason,
+        status=detail.status,
+        since=detail.since,
+        unique_id=detail.unique_id,
+        attempts=detail.attempts,
+        next_attempt_at=detail.due_at,
+    )
+
+
+def _buried(known: Outcomes, attempt: int, age_s: float) -> Outcomes:
+    """`known` with all that was still queued given up on."""
+    time_ms = min(max(round(age_s * 1000), 0), 2**32 - 1).to_bytes(4, "big")
+    times_ms = bytearray(known.times_ms)
+    details = {detail.index: detail for detail in known.details}
+    for index, state in enumerate(known.states):
+        if state == State.QUEUED:
+            times_ms[4 * index : 4 * index + 4] = time_ms
+            details[index] = Detail(index, reason=UNREADABLE, attempts=attempt)
+    states = known.states.replace(bytes([State.QUEUED]), bytes([State.BURIED]))
+    return Outcomes(known.batch_id, attempt, states, bytes(times_ms), tuple(details.values()))
+
+
+# Opening
+
+
+class Migration(NamedTuple):
+    """One step of the schema, as the file that holds it."""
+
+    number: int
+    name: str
+    sql: str
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.sql.encode()).hexdigest()
+
+
+def _migrations() -> Iterator[Migration]:
+    files = resources.files("heliograph.stores") / "schema" / "sqlite"
+    for file in sorted(files.iterdir(), key=lambda file: file.name):
+        if file.name.endswith(".sql"):
+            yield Migration(int(file.name[:4]), file.name, file.read_text("utf-8"))
+
+
+def _migrate(db: apsw.Connection, path: Path, known: Sequence[Migration]) -> None:
+    """Bring the schema up to date, wholly or not at all. The caller's transaction is around it."""
+    db.execute(
+        "CREATE TABLE IF NOT EXISTS migration "
+        "(number INTEGER PRIMARY KEY, name TEXT NOT NULL, sha256 TEXT NOT NULL, applied_at REAL NOT NULL) STRICT"
+    )
+    recorded: list[Row] = db.execute("SELECT number, sha256 FROM migration").fetchall()
+    applied: dict[int, str] = dict(recorded)
+    newest = max(applied, default=0)
+    if newest > known[-1].number:
+        raise StoreError(
+            f"{path} has schema {newest}, made by a newer heliograph; this one knows schemas up to {known[-1].number}. "
+            "Start the newer version."
+        )
+    for migration in known:
+        if migration.number not in applied:
+            db.execute(migration.sql)
+            db.execute(
+                "INSERT INTO migration VALUES (?, ?, ?, ?)",
+                (migration.number, migration.name, migration.sha256, time.time()),
+            )
+        elif applied[migration.number] != migration.sha256:
+            raise StoreError(
+                f"{path} was made with another {migration.name} than this version of heliograph has. "
+                "Start the version that made it."
+            )
+
+
+def _prepare(db: apsw.Connection, path: Path, now: float) -> int:
+    """Make the file ready for work; how many notifications wait in it."""
+    tables = {name for (name,) in db.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")}
+    if tables and "migration" not in tables:
+        raise StoreError(f"{path} is another program's SQLite file. Give the store a path of its own.")
+    if db.pragma("journal_mode", "wal") != "wal":
+        raise StoreError(f"{path} is on a file system without shared memory. Put the store on a local disk.")
+    with db:
+        _migrate(db, path, tuple(_migrations()))
+        db.execute("UPDATE job SET leased_until = NULL WHERE leased_until IS NOT NULL")
+        # What was never tried was due when it came in, whatever the clock said then.
+        db.execute(
+            "UPDATE job SET due_at = ?1 WHERE due_at > ?1 AND leased_until IS NULL AND attempt = 0",
+            (now,),
+        )
+    return int(db.execute("SELECT total(size) FROM job WHERE due_at IS NOT NULL AND leased_until IS NULL").get)
+
+
+def _connect(path: Path) -> apsw.Connection:
+    db = apsw.Connection(str(path))
+    db.set_busy_timeout(5000)  # for a shell that looks into the file; of ours there is one writer only
+    db.pragma("page_size", _PAGE_OCTETS)
+    db.pragma("synchronous", "full")
+    db.pragma("cache_size", -16384)
+    db.pragma("wal_autocheckpoint", _CHECKPOINT_PAGES)
+    db.pragma("journal_size_limit", 64 * 1024 * 1024)
+    return db
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold `<path>.lock`, with our pid in it. The kernel releases it however this process ends."""
+    file = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(file, 32, 0).decode("ascii", "replace").strip()
+            raise StoreBusy(
+                f"{path} is in use by process {holder or 'unknown'}. Stop that first, or use a file of your own."
+            ) from None
+        os.ftruncate(file, 0)
+        os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(file)
+
+
+def _make_directory(directory: Path) -> None:
+    """Make what is missing of the path, for us alone, so that a power cut does not undo it."""
+    if directory.exists():
+        return
+    _make_directory(directory.parent)
+    directory.mkdir(mode=0o700, exist_ok=True)
+    parent = os.open(directory.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(parent)
+    finally:
+        os.close(parent)
+
+
+def _closed(path: Path) -> StoreError:
+    return StoreError(f"{path} is closed.")
+
+
+def _store_error(path: Path, error: Exception) -> StoreError:
+    match error:
+        case apsw.FullError():
+            advice = "Make room on the disk; nothing needs a restart."
+        case apsw.CorruptError() | apsw.NotADBError():
+            advice = "The file is damaged or no SQLite file. Stop, keep a copy, restore the last good one."
+        case apsw.BusyError():
+            advice = "Another program is writing to the file. Stop that."
+        case _:
+            advice = "See whether the disk is sound and the file may be written."
+    return StoreError(f"{path}: {error}. {advice}")

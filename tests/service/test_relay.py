@@ -1,0 +1,213 @@
+"""The middle from admission to the receipt: real SQLite, the real wire, the simulator."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from heliograph.carriers.apns import PoolSettings
+from heliograph.errors import NotConnected, Refused
+from heliograph.model import Environment, Headers, PushType, State
+from heliograph.protocols.http2 import ErrorCode
+from heliograph.simulator.faults import Answer
+from heliograph.simulator.server import Simulator
+from tests.service.house import APP, HEADERS, PAYLOAD, TOPIC, House, open_house, token
+
+
+@pytest.fixture
+async def apple() -> AsyncIterator[Simulator]:
+    async with Simulator(keep=20_000) as apple:
+        yield apple
+
+
+@pytest.fixture
+async def house(tmp_path: Path, apple: Simulator) -> AsyncIterator[House]:
+    async with open_house(tmp_path, apple) as house:
+        yield house
+
+
+async def test_a_notification_reaches_the_simulator_with_its_own_id_and_payload(house: House) -> None:
+    (notification_id,) = await house.push([token(1)])
+    (receipt,) = await house.receipts([notification_id])
+    assert receipt.state is State.ACCEPTED
+    assert receipt.attempts == 1
+    (received,) = house.apple.received
+    assert (received.id, received.payload) == (notification_id, PAYLOAD)
+    assert received.token == token(1)
+    assert received.topic == TOPIC
+
+
+async def test_ten_thousand_notifications_are_each_accepted_once(house: House) -> None:
+    tokens = [token(number) for number in range(10_000)]
+    ids = await house.push(tokens)
+    assert len(set(ids)) == 10_000
+    receipts = await house.receipts(ids)
+    assert {receipt.state for receipt in receipts} == {State.ACCEPTED}
+    assert sorted(received.id for received in house.apple.received) == sorted(ids)
+    assert sorted(received.token for received in house.apple.received) == tokens
+
+
+async def test_each_notification_keeps_its_own_payload_and_headers(house: House) -> None:
+    count = 600
+    payloads = [json.dumps({"aps": {"alert": f"number {number}"}}).encode() for number in range(count)]
+    headers = [Headers(TOPIC, collapse_id=f"game-{number}") for number in range(count)]
+    ids = await house.push([token(number) for number in range(count)], payloads, headers)
+    await house.receipts(ids)
+    received = {each.id: each for each in house.apple.received}
+    for number, notification_id in enumerate(ids):
+        assert received[notification_id].payload == payloads[number]
+        assert received[notification_id].collapse_id == f"game-{number}"
+
+
+async def test_an_alert_without_a_collapse_id_gets_its_own_id_as_one(house: House) -> None:
+    ids = await house.push([token(1)])
+    ids += await house.push([token(2)], headers=[Headers(TOPIC, PushType.BACKGROUND)], payloads=[_BACKGROUND])
+    await house.receipts(ids)
+    assert {each.id: each.collapse_id for each in house.apple.received} == {ids[0]: ids[0], ids[1]: None}
+
+
+async def test_an_unregistered_token_is_removed_and_refused_at_admission_afterwards(house: House) -> None:
+    since_ms = 1_700_000_000_123
+    house.apple.unregister(token(7), since_ms)
+    ids = await house.push([token(6), token(7), token(8)])
+    receipts = await house.receipts(ids)
+    assert [receipt.state for receipt in receipts] == [State.ACCEPTED, State.REJECTED, State.ACCEPTED]
+    assert (receipts[1].reason, receipts[1].status, receipts[1].since) == ("Unregistered", 410, since_ms)
+    admitted = await house.relay.admit(APP, None, [HEADERS], [token(6), token(7)], [PAYLOAD])
+    assert admitted.batches == ()
+    assert [(refused.reason, refused.index) for refused in admitted.refused] == [("Unregistered", 1)]
+
+
+async def test_admission_names_every_entry_that_cannot_succeed_and_takes_none(house: House) -> None:
+    tokens = [token(1), "nonsense", token(2), "ab" * 300]
+    payloads = [PAYLOAD, PAYLOAD, b'{"aps":' + b" " * 5000 + b"{}}", PAYLOAD]
+    admitted = await house.relay.admit(APP, None, [HEADERS], tokens, payloads)
+    assert admitted.batches == ()
+    assert [(refused.index, refused.reason) for refused in admitted.refused] == [
+        (1, "BadDeviceToken"),
+        (2, "PayloadTooLarge"),
+        (3, "BadDeviceToken"),
+    ]
+
+
+async def test_an_app_that_is_not_known_is_refused_with_the_names_that_are(house: House) -> None:
+    with pytest.raises(Refused, match="Known apps: example"):
+        await house.relay.admit("exmaple", None, [HEADERS], [token(1)], [PAYLOAD])
+
+
+async def test_a_topic_of_somebody_else_is_refused_with_the_right_one(house: House) -> None:
+    admitted = await house.relay.admit(APP, None, [Headers("com.other.app")], [token(1)], [PAYLOAD])
+    assert [refused.reason for refused in admitted.refused] == ["TopicDisallowed"]
+    assert TOPIC in admitted.refused[0].detail
+
+
+async def test_goaway_in_mid_flight_loses_nothing_and_duplicates_nothing(tmp_path: Path, apple: Simulator) -> None:
+    ids = []
+    async with open_house(tmp_path, apple, settings=PoolSettings(connections=1)) as house:
+        for turn in range(5):
+            # The 301st request is the last that is acted on; the connection before took 699 that came after it.
+            sent_before = 699 if turn else 0
+            apple.says_goodbye("Shutdown", after=300, last_stream_id=2 * (sent_before + 300) + 1)
+            more = await house.push([token(1000 * turn + number) for number in range(1000)])
+            receipts = await house.receipts(more)
+            assert {(receipt.state, receipt.attempts) for receipt in receipts} == {(State.ACCEPTED, 1)}
+            ids += more
+    assert sorted(each.id for each in apple.received) == sorted(ids)
+    assert apple.connections == 6
+
+
+async def test_a_refused_stream_is_sent_again_without_counting_as_an_attempt(house: House) -> None:
+    house.apple.resets(token(3), ErrorCode.REFUSED_STREAM, times=1)
+    ids = await house.push([token(number) for number in range(10)])
+    receipts = await house.receipts(ids)
+    assert {(receipt.state, receipt.attempts) for receipt in receipts} == {(State.ACCEPTED, 1)}
+    assert len(house.apple.received) == 10
+
+
+async def test_an_unknown_outcome_is_tried_again_with_the_same_id(house: House) -> None:
+    house.apple.resets(token(3), ErrorCode.INTERNAL_ERROR, times=1)
+    (notification_id,) = await house.push([token(3)])
+    (receipt,) = await house.receipts([notification_id])
+    assert (receipt.state, receipt.attempts) == (State.ACCEPTED, 2)
+    assert [each.id for each in house.apple.received] == [notification_id]
+
+
+async def test_a_connection_that_hangs_up_is_replaced_and_nothing_is_lost(house: House) -> None:
+    ids = await house.push([token(0)])
+    await house.receipts(ids)
+    house.apple.hangs_up_after(500)
+    ids = await house.push([token(number) for number in range(2000)])
+    receipts = await house.receipts(ids)
+    assert {receipt.state for receipt in receipts} == {State.ACCEPTED}
+    assert {each.id for each in house.apple.received} >= set(ids)
+
+
+async def test_service_unavailable_is_deferred_with_the_time_of_the_next_try(house: House) -> None:
+    house.apple.misbehaves(Answer(503, "ServiceUnavailable", retry_after_s=3600), times=1)
+    (notification_id,) = await house.push([token(3)])
+    (receipt,) = await house.receipts([notification_id], lambda receipt: receipt.reason is not None)
+    assert (receipt.state, receipt.reason, receipt.status) == (State.QUEUED, "ServiceUnavailable", 503)
+    assert receipt.next_attempt_at is not None
+    assert receipt.next_attempt_at - receipt.created_at == pytest.approx(3600, abs=60)
+
+
+async def test_a_bad_device_token_is_rejected_and_not_removed(house: House) -> None:
+    house.apple.register(token(5), environment=Environment.DEVELOPMENT)
+    ids = await house.push([token(5)])
+    (receipt,) = await house.receipts(ids)
+    assert (receipt.state, receipt.reason, receipt.status) == (State.REJECTED, "BadDeviceToken", 400)
+    assert await house.store.removed_among(APP, Environment.PRODUCTION, [token(5).encode()]) == set()
+
+
+async def test_what_was_enqueued_before_a_restart_is_sent_after_it(tmp_path: Path, apple: Simulator) -> None:
+    async with open_house(tmp_path, apple, working=False) as house:
+        ids = await house.push([token(number) for number in range(1500)])
+        assert {receipt.state for receipt in await house.receipts(ids, lambda _: True)} == {State.QUEUED}
+    assert not apple.received
+    async with open_house(tmp_path, apple) as house:
+        assert {receipt.state for receipt in await house.receipts(ids)} == {State.ACCEPTED}
+    assert sorted(each.id for each in apple.received) == sorted(ids)
+
+
+async def test_a_clean_stop_while_sending_loses_nothing_and_duplicates_nothing(
+    tmp_path: Path, apple: Simulator
+) -> None:
+    apple.delays(0.05)
+    async with open_house(tmp_path, apple, settings=PoolSettings(connections=1)) as house:
+        ids = await house.push([token(number) for number in range(8000)])
+        await house.receipts(ids[:1])
+    received_before = len(apple.received)
+    assert 0 < received_before < 8000
+    async with open_house(tmp_path, apple) as house:
+        assert {receipt.state for receipt in await house.receipts(ids)} == {State.ACCEPTED}
+    assert sorted(each.id for each in apple.received) == sorted(ids)
+
+
+async def test_send_returns_apples_answer_for_one_and_for_many_at_once(house: House) -> None:
+    house.apple.unregister(token(2), 1_700_000_000_000)
+    answers = [
+        await house.relay.send(APP, Environment.PRODUCTION, HEADERS, token(number).encode(), PAYLOAD)
+        for number in range(4)
+    ]
+    assert [(answer.status, answer.reason) for answer in answers] == [
+        (200, None),
+        (200, None),
+        (410, "Unregistered"),
+        (200, None),
+    ]
+
+
+async def test_send_says_when_nobody_can_be_asked(tmp_path: Path) -> None:
+    async with Simulator() as gone:
+        pass
+    settings = PoolSettings(patience_s=0.2, backoff_s=0.1)
+    async with open_house(tmp_path, gone, settings=settings) as house:
+        with pytest.raises(NotConnected, match="cannot connect") as caught:
+            await house.relay.send(APP, Environment.PRODUCTION, HEADERS, token(1).encode(), PAYLOAD)
+        assert not caught.value.unknown
+
+
+_BACKGROUND = b'{"aps":{"content-available":1}}'
