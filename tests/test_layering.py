@@ -26,24 +26,32 @@ ROOMS: dict[str, set[str]] = {
     "payload": {"model", *FACTS},
     "policy": {"model", *FACTS},
     "protocols": {"model", *FACTS},
+    "batches": {"model", *FACTS},
+    "admission": {
+        "policy",
+        "payload",
+        "protocols",
+        "model",
+        *FACTS,
+    },  # what Apple's headers may say is in protocols.apns
     # the middle
     "config": {"model", *COMMON},
-    "telemetry": COMMON,
+    "telemetry": {"model", *COMMON},  # counts outcomes by their reason
     "ports": {"model", *COMMON},
     "net": {"protocols", *COMMON},
-    "relay": {"policy", "ports", "payload", "model", *COMMON},
+    "relay": {"admission", "batches", "policy", "ports", "model", *COMMON},
     # the edges, which do not know one another
     "doors": {*BELOW, *COMMON},
     "dashboard": {*BELOW, *COMMON},
     "carriers": {"net", "protocols", "ports", "model", *COMMON},  # ports: a carrier calls the port's Report
-    "stores": {"ports", "model", *COMMON},
+    "stores": {"ports", "batches", "model", *COMMON},
     "simulator": {"net", "protocols", "model", *COMMON},
     "client": {"payload", "model", *COMMON},
     "django": {"client", *COMMON},
 }
 ROOMS["service"] = ROOMS["cli"] = {*ROOMS, "service"}
 
-PURE = {"reasons", "errors", "model", "payload", "policy", "protocols"}
+PURE = {"reasons", "errors", "model", "payload", "policy", "protocols", "batches", "admission"}
 
 IMPURE = {
     *("asyncio", "concurrent", "multiprocessing", "queue", "sched", "selectors", "signal", "subprocess", "threading"),

@@ -139,15 +139,15 @@ def read_secret(reference: str, setting: str) -> bytes:
             if mode & _OTHERS_MAY and not os.fstatvfs(opened.fileno()).f_flag & os.ST_RDONLY:
                 raise ConfigError(
                     f"{setting}: every user of this machine can read {path}: run chmod 600 {path} "
-                    "(or 640, with a group that only heliograph is in)."
+                    "(or 640, with a group that only heliograph is in)"
                 )
             content = opened.read(_MAX_SECRET_BYTES + 1)
     except FileNotFoundError:
-        raise ConfigError(f"{setting}: there is no file {path}: correct the path, or put the file there.") from None
+        raise ConfigError(f"{setting}: there is no file {path}: correct the path, or put the file there") from None
     except OSError as error:
-        raise ConfigError(f"{setting}: {path} cannot be read ({error.strerror}): correct path or mode.") from error
+        raise ConfigError(f"{setting}: {path} cannot be read ({error.strerror}): correct path or mode") from error
     if len(content) > _MAX_SECRET_BYTES:
-        raise ConfigError(f"{setting}: {path} is longer than {_MAX_SECRET_BYTES} octets, so no key: name another file.")
+        raise ConfigError(f"{setting}: {path} is longer than {_MAX_SECRET_BYTES} octets, so no key: name another file")
     return content
 
 
@@ -160,20 +160,20 @@ def secret_path(reference: str, setting: str) -> Path:
     if not folder:
         raise ConfigError(
             f"{setting} names a credential, but $CREDENTIALS_DIRECTORY is not set: have systemd start heliograph with "
-            "LoadCredential=, or write file:PATH."
+            "LoadCredential=, or write file:PATH"
         )
     if "/" in rest or rest in ("", ".", ".."):
-        raise ConfigError(f"{setting}: write the credential's name alone, the name of a file in {folder}.")
+        raise ConfigError(f"{setting}: write the credential's name alone, the name of a file in {folder}")
     return Path(folder) / rest
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """A sentence that names the closest of the known names, or all of them where none is close."""
+    """Half a sentence that names the closest of the known names, or all of them where none is close."""
     from difflib import get_close_matches
 
     names = list(known)
     close = get_close_matches(name.lower(), names, n=1)
-    return f"Did you mean {close[0]}?" if close else f"Known here: {', '.join(names)}."
+    return f"did you mean {close[0]}?" if close else f"known here are {', '.join(names)}"
 
 
 class _Reader:
@@ -190,33 +190,33 @@ class _Reader:
         for part in path[:-1]:
             inner = tree.setdefault(part, {})
             if not isinstance(inner, dict):
-                raise ConfigError(f"{variable}: there is nothing below {part}, which is a single value.")
+                raise ConfigError(f"{variable}: there is nothing below {part}, which is a single value")
             tree = inner
         tree[path[-1]] = value
 
     def struct(self, type_: type[S], tree: Any, path: tuple[str, ...]) -> S:
         """A settings struct from its table. Raises ConfigError."""
         if not isinstance(tree, dict):
-            raise ConfigError(f"{self._where(path)} must be a table, [{'.'.join(path)}].")
+            raise ConfigError(f"{self._where(path)} must be a table, [{'.'.join(path)}]")
         hints = get_type_hints(type_, include_extras=True)
         for name in tree:
             if name not in hints:
-                raise ConfigError(f"{self._where((*path, name))} is not a setting. {suggestion(name, list(hints))}")
+                raise ConfigError(f"{self._where((*path, name))} is not a setting: {suggestion(name, list(hints))}")
         values = {name: self._value(hints[name], value, (*path, name)) for name, value in tree.items()}
         for field in msgspec.structs.fields(type_):
             if field.required and field.name not in values:
-                raise ConfigError(f"{self._where((*path, field.name))} is missing: {_HINTS[field.name]}.")
+                raise ConfigError(f"{self._where((*path, field.name))} is missing: {_HINTS[field.name]}")
         try:
             return type_(**values)
         except ValueError as error:
-            raise ConfigError(f"{self._where(path)} {error}.") from None
+            raise ConfigError(f"{self._where(path)} {error}") from None
 
     def _value(self, type_: Any, value: Any, path: tuple[str, ...]) -> Any:
         if isinstance(type_, type) and issubclass(type_, Struct):
             return self.struct(type_, value, path)
         if get_origin(type_) is dict:
             if not isinstance(value, dict):
-                raise ConfigError(f"{self._where(path)} must hold tables, [{'.'.join(path)}.NAME].")
+                raise ConfigError(f"{self._where(path)} must hold tables, [{'.'.join(path)}.NAME]")
             (_, inner) = get_args(type_)
             return {name: self.struct(inner, each, (*path, self._app_name(name, path))) for name, each in value.items()}
         from_variable = path in self._variables
@@ -225,13 +225,13 @@ class _Reader:
         try:
             return msgspec.convert(value, type_, strict=not from_variable)
         except msgspec.ValidationError as error:
-            raise ConfigError(f"{self._where(path)} does not fit: {_plain(str(error))}.") from None
+            raise ConfigError(f"{self._where(path)} does not fit: {_plain(str(error))}") from None
 
     def _app_name(self, name: str, path: tuple[str, ...]) -> str:
         if not _is_app_name(name):
             raise ConfigError(
                 f"{self._where((*path, name))} is no name for an app: use letters, digits, dots, hyphens and "
-                "underscores, 64 at most."
+                "underscores, 64 at most"
             )
         return name
 
@@ -258,13 +258,13 @@ def _read_toml(file: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"There is no file {file}: correct the path, or leave --config out.") from None
+        raise ConfigError(f"There is no file {file}: correct the path, or leave --config out") from None
     except OSError as error:
-        raise ConfigError(f"{file} cannot be read ({error.strerror}): correct the path or its mode.") from error
+        raise ConfigError(f"{file} cannot be read ({error.strerror}): correct the path or its mode") from error
     except UnicodeDecodeError:
-        raise ConfigError(f"{file} is not UTF-8: save it as such.") from None
+        raise ConfigError(f"{file} is not UTF-8: save it as such") from None
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{file} is not TOML: {error}.") from None
+        raise ConfigError(f"{file} is not TOML: {error}") from None
 
 
 def _absolute(folder: Path, path: str) -> str:
@@ -278,4 +278,4 @@ def _reference(folder: Path, text: str, setting: str, *, bare_path: bool) -> str
     if text.startswith("file:") or (bare_path and text and "\n" not in text and "-----" not in text):
         return f"file:{_absolute(folder, text.removeprefix('file:'))}"
     ways = "a path or credential:NAME" if bare_path else "file:PATH or credential:NAME"
-    raise ConfigError(f"{setting} must say where the secret is, not what it is: write {ways}.")
+    raise ConfigError(f"{setting} must say where the secret is, not what it is: write {ways}")

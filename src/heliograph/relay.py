@@ -15,13 +15,12 @@ import asyncio
 import os
 import random
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from msgspec import Struct
 from msgspec.structs import replace
 
-from heliograph import payload as payloads_rules
-from heliograph import policy
+from heliograph import admission, policy
 from heliograph.batches import make_batches, new_batch_id, parse_id
 from heliograph.errors import NotConnected, Refused
 from heliograph.model import (
@@ -38,13 +37,11 @@ from heliograph.model import (
     NotProcessed,
     Outcome,
     Outcomes,
-    PushType,
     Receipt,
     Removal,
     State,
 )
 from heliograph.ports import Carrier, Queue, Store
-from heliograph.protocols import apns
 from heliograph.telemetry import Telemetry
 
 _LEASES = 64
@@ -162,27 +159,16 @@ class Relay:
         if app is None:
             known = ", ".join(sorted(self._apps)) or "none"
             raise Refused("UnknownApp", f"There is no app {app_name!r}. Known apps: {known}.", field="app")
-        if environment is None:
-            environment = _only_environment(app)
-        elif environment not in app.environments:
-            text = (
-                f"The app {app_name!r} is not set up for {environment}: its credentials are for {app.environments[0]}."
-            )
-            raise Refused("UnknownEnvironment", text, field="environment")
+        environment = admission.choose_environment(app, environment)
         now = self._clock()
-        checker = _Checker(app, now)
-        checked_headers = checker.headers(headers)
-        wire_tokens = checker.tokens(tokens)
-        checker.payloads(payloads, headers)
-        dead = await self._store.removed_among(app_name, environment, wire_tokens)
+        checked = admission.check(app, now, headers, tokens, payloads)
+        refused = checked.refused
+        dead = await self._store.removed_among(app_name, environment, checked.tokens)
         if dead:
-            for index, token in enumerate(wire_tokens):
-                if token in dead:
-                    text = "Apple said that this device token is dead. Register the device again to revive it."
-                    checker.refused.append(Refused("Unregistered", text, index=index, field="token"))
-        if checker.refused:
-            return Admitted((), tuple(sorted(checker.refused, key=lambda refused: refused.index or 0)))
-        batches = make_batches(self._new_id, app_name, environment, now, checked_headers, wire_tokens, payloads)
+            refused += admission.refuse_dead(checked.tokens, dead)
+        if refused:
+            return Admitted((), tuple(sorted(refused, key=lambda each: each.index or 0)))
+        batches = make_batches(self._new_id, app_name, environment, now, checked.headers, checked.tokens, payloads)
         return Admitted(tuple(batches), ())
 
     def _new_id(self) -> str:
@@ -436,83 +422,6 @@ def _resolve(futures: Sequence[asyncio.Future[Outcome]]) -> Callable[[Sequence[i
                 future.set_result(outcome)
 
     return report
-
-
-class _Checker:
-    """Checks columns entry by entry and collects what is wrong."""
-
-    def __init__(self, app: App, now: float) -> None:
-        self._app = app
-        self._now = now
-        self.refused: list[Refused] = []
-
-    def _refuse(self, refused: Refused, index: int | None) -> None:
-        self.refused.append(Refused(refused.reason, refused.detail, index=index, field=refused.field))
-
-    def headers(self, headers: Sequence[Headers]) -> list[Headers]:
-        """As they will be sent: the topic filled in, alerts with their own id as collapse id."""
-        known: dict[Headers, Headers] = {}
-        out: list[Headers] = []
-        for index, each in enumerate(headers):
-            final = known.get(each)
-            if final is None:
-                try:
-                    final = self._headers(each)
-                    known[each] = final
-                except Refused as refused:
-                    self._refuse(refused, index if len(headers) > 1 else None)
-                    final = each
-            out.append(final)
-        return out
-
-    def _headers(self, headers: Headers) -> Headers:
-        app = self._app
-        if not headers.topic:
-            if len(app.topics) != 1:
-                text = f"The app has several topics: name one of {', '.join(app.topics)}."
-                raise Refused("MissingTopic", text, field="topic")
-            headers = replace(headers, topic=apns.topic_for(app.topics[0], headers.push_type))
-        apns.check_headers(headers)
-        if not apns.allowed_topic(headers.topic, headers.push_type, app.topics):
-            wanted = " or ".join(apns.topic_for(topic, headers.push_type) for topic in app.topics)
-            text = f"The topic {headers.topic!r} is not the app's. With push type {headers.push_type} send {wanted}."
-            raise Refused("TopicDisallowed", text, field="topic")
-        if policy.deadline(self._now, headers.expiration) <= self._now:
-            raise Refused("BadExpirationDate", "The expiration has passed already.", field="expiration")
-        if headers.push_type is PushType.ALERT and headers.collapse_id is None:
-            headers = replace(headers, collapse_on_id=True)
-        return headers
-
-    def tokens(self, tokens: Sequence[str]) -> list[bytes]:
-        out: list[bytes] = []
-        check = apns.check_token
-        for index, token in enumerate(tokens):
-            try:
-                out.append(check(token))
-            except Refused as refused:
-                self._refuse(refused, index)
-        return out
-
-    def payloads(self, payloads: Sequence[bytes], headers: Sequence[Headers]) -> None:
-        shared = len(payloads) == 1
-        push_types: Iterable[PushType] = [each.push_type for each in headers]
-        if len(headers) == 1:
-            push_types = [headers[0].push_type] * len(payloads)
-        elif shared:
-            payloads = [payloads[0]] * len(headers)
-        check = payloads_rules.check
-        for index, (payload, push_type) in enumerate(zip(payloads, push_types, strict=True)):
-            try:
-                check(payload, push_type)
-            except Refused as refused:
-                self._refuse(refused, None if shared else index)
-
-
-def _only_environment(app: App) -> Environment:
-    if len(app.environments) != 1:
-        text = f"The app {app.name!r} has both environments: say which, production or development."
-        raise Refused("MissingEnvironment", text, field="environment")
-    return app.environments[0]
 
 
 def _due_at(detail: Detail | None) -> float:

@@ -13,7 +13,7 @@ import asyncio
 import hmac
 import math
 import re
-from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from difflib import get_close_matches
 from operator import attrgetter
@@ -22,7 +22,6 @@ from urllib.parse import parse_qs
 
 import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
-from msgspec.structs import replace
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
@@ -66,7 +65,7 @@ class _Fields(Struct, forbid_unknown_fields=True):
     mutable_content: bool | None = None
     interruption_level: str | None = None
     relevance_score: float | None = None
-    data: dict[str, Any] | None = None
+    data: dict[str, Raw] | None = None
     topic: str | None = None
     push_type: PushType | None = None
     priority: int | None = None
@@ -377,12 +376,10 @@ def _columns(post: _Post) -> _Columns:
     """The request as columns. Raises Refused and _Problem."""
     ways = [name for name in ("token", "tokens", "notifications") if getattr(post, name) is not None]
     if len(ways) != 1:
-        found = " and ".join(ways) or "none of them"
-        raise Refused(
-            "MissingDeviceToken" if not ways else "AmbiguousRequest",
-            f"Send one of token, tokens (one payload for many) and notifications (many payloads), not {found}.",
-            field="token",
-        )
+        text = "Send one of token, tokens (one payload for many) and notifications (a payload each)"
+        if not ways:
+            raise Refused(reasons.MISSING_DEVICE_TOKEN.word, f"{text}: there is none.", field="token")
+        raise Refused("AmbiguousRequest", f"{text}, not {' and '.join(ways)}.", field=ways[-1])
     (way,) = ways
     if post.notifications is not None:
         items: list[_Item] = post.notifications
@@ -391,7 +388,7 @@ def _columns(post: _Post) -> _Columns:
         items = []
         tokens = [post.token] if post.token is not None else post.tokens or []
     if not tokens:
-        raise Refused("MissingDeviceToken", f"{way} is empty: send one entry at least.", field=way)
+        raise Refused(reasons.MISSING_DEVICE_TOKEN.word, f"{way} is empty: send one entry at least.", field=way)
     if len(tokens) > MAX_NOTIFICATIONS:
         raise _Problem(
             413,
@@ -499,42 +496,42 @@ def _member_errors(members: Sequence[Raw]) -> Iterator[_ErrorItem]:
         try:
             _decode_item(raw)
         except msgspec.ValidationError as error:
-            yield replace(_field_error(error), index=index)
+            yield _field_error(error, index)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             yield _ErrorItem("InvalidJson", _json_complaint(bytes(raw), error), index)
 
 
-def _field_error(error: msgspec.ValidationError) -> _ErrorItem:
+def _field_error(error: msgspec.ValidationError, index: int | None = None) -> _ErrorItem:
+    """The words of msgspec in ours; `index` where it was a member that was decoded, by itself."""
     match = _complaint(str(error))
     assert match is not None
-    text, path = match[1], match[2] or ""
-    place = _place(path)
-    field = path
+    text, field = match[1], match[2] or ""
+    place = _place(field)
     if place:
-        field = path[place.end() :] or ("token" if path.startswith("tokens") else "")
+        index = int(place[1])
+        field = field[place.end() :] or ("token" if field.startswith("tokens") else "")
     unknown = _unknown_field(text)
     if unknown:
-        return _unknown(unknown[1], field, place)
-    index = int(place[1]) if place else None
+        return _unknown(unknown[1], index)
     if "enum value" in text:
-        code, values = (
-            (reasons.INVALID_PUSH_TYPE.word, PushType) if field == "push_type" else ("BadEnvironment", Environment)
-        )
+        of_push_type = field == "push_type"
+        code = reasons.INVALID_PUSH_TYPE.word if of_push_type else "BadEnvironment"
+        values: Iterable[str] = PushType if of_push_type else Environment
         return _ErrorItem(code, f"{field} must be one of {', '.join(values)}.", index, field)
     plain = _quoted.sub(lambda kinds: " or ".join(_JSON_NAMES.get(k, k) for k in kinds[1].split(" | ")), text)
-    return _ErrorItem("BadType", f"{field or 'The body'}: {plain[:1].lower()}{plain[1:]}.", index, field or None)
+    whole = "The body" if index is None else "The entry"
+    return _ErrorItem("BadType", f"{field or whole}: {plain[:1].lower()}{plain[1:]}.", index, field or None)
 
 
-def _unknown(name: str, inside: str, place: re.Match[str] | None) -> _ErrorItem:
-    known = _Item.__struct_fields__ if place else _Post.__struct_fields__
-    shown = name if len(name) <= 64 else name[:61] + "..."
-    if place and name in _Post.__struct_fields__:
-        hint = "It goes to the top of the request, beside notifications."
+def _unknown(name: str, index: int | None) -> _ErrorItem:
+    shown = name if len(name) <= 64 else f"{name[:61]}..."
+    known = (_Post if index is None else _Item).__struct_fields__
+    if index is not None and name in _Post.__struct_fields__:
+        hint = "It stands at the top of the request, beside notifications."
     else:
         close = get_close_matches(name.lower(), known, n=1)
         hint = f"Did you mean {close[0]}?" if close else "The app's own keys go into data, or into a whole payload."
-    field = f"{inside}.{shown}" if inside else shown
-    return _ErrorItem("UnknownField", f"There is no field {shown!r}. {hint}", int(place[1]) if place else None, field)
+    return _ErrorItem("UnknownField", f"There is no field {shown!r} here. {hint}", index, shown)
 
 
 def _refusal(refused: Sequence[Refused], post: _Post | None, count: int) -> _Problem:
@@ -606,7 +603,7 @@ def _receipt_body(receipt: Receipt) -> bytes:
             receipt.app,
             receipt.state.name.lower(),
             receipt.reason,
-            receipt.status,
+            200 if receipt.state is State.ACCEPTED else receipt.status,
             _meaning(receipt),
             _rfc3339(receipt.created_at),
             None if receipt.updated_at is None else _rfc3339(receipt.updated_at),

@@ -111,7 +111,7 @@ class Simulator(Apple):
         `first_streams`: what a connection may open at once before it brought a good provider token; `streams`: after.
         `journal`: a file that gets a JSON line (`Judged`) for each request, before it is answered.
 
-        Raises ConfigError where one of them cannot be used.
+        Raises ConfigError where key, identity, port or journal cannot be used: here, or from `async with`.
         """
         super().__init__(environment, keep=keep)
         self.host = host
@@ -125,7 +125,8 @@ class Simulator(Apple):
         self.streams = streams
         self.connections = 0
         """How many there have been."""
-        self._journal = None if journal is None else _Journal(journal)
+        self._journal_path = journal
+        self._journal: _Journal | None = None
         self._listener: Listener | None = None
 
     @property
@@ -139,9 +140,17 @@ class Simulator(Apple):
 
     async def __aenter__(self) -> Self:
         tls = server_context(self.identity.certificate_pem, self.identity.key_pem)
-        self._listener = await listen(
-            self._new_session, host=self.host, port=self.port, tls=tls, new_core=self._new_core
-        )
+        if self._journal_path is not None:
+            self._journal = _Journal(self._journal_path)
+        try:
+            self._listener = await listen(
+                self._new_session, host=self.host, port=self.port, tls=tls, new_core=self._new_core
+            )
+        except OSError as error:
+            self._close_journal()
+            raise ConfigError(
+                f"The simulator cannot listen on {self.host}:{self.port} ({error.strerror}): name another port"
+            ) from None
         self.port = self._listener.port
         return self
 
@@ -150,8 +159,12 @@ class Simulator(Apple):
     ) -> None:
         assert self._listener is not None
         await self._listener.aclose(_GRACE_S)
+        self._close_journal()
+
+    def _close_journal(self) -> None:
         if self._journal is not None:
             self._journal.close()
+            self._journal = None
 
     def _new_session(self, link: Link[ServerConnection]) -> _Session:
         self.connections += 1
@@ -206,7 +219,7 @@ class _Session:
                     delayed.setdefault(action, []).append(event)
                 else:
                     self._treat(event, action, now, answers, lines)
-            elif type(event) is Cancelled and self._waiting:
+            elif type(event) is Cancelled and (self._waiting or delayed):
                 self._cancelled.add(event.stream_id)
         for delay, requests in delayed.items():
             self._wait(delay, requests)
@@ -365,16 +378,11 @@ async def run(
     """
     identity, key = _settle(folder)
     simulator = Simulator(environment, host=host, port=port, identity=identity, signing_key=key, journal=journal)
-    try:
-        async with simulator:
-            say(f"Apple's simulator listens on https://{host}:{simulator.port} ({environment})")
-            say(f"  trust        {folder / 'ca.pem'}")
-            say(f"  signing key  {folder / _key_name()}  (key id {key.key_id}, team id {key.team_id})")
-            await asyncio.Event().wait()
-    except OSError as error:
-        raise ConfigError(
-            f"The simulator cannot listen on {host}:{port} ({error.strerror}): name another port"
-        ) from None
+    async with simulator:
+        say(f"Apple's simulator listens on https://{host}:{simulator.port} ({environment})")
+        say(f"  trust        {folder / 'ca.pem'}")
+        say(f"  signing key  {folder / _key_name()}  (key id {key.key_id}, team id {key.team_id})")
+        await asyncio.Event().wait()
 
 
 def _key_name() -> str:

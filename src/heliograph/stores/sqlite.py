@@ -94,8 +94,7 @@ _RECORD = """
 INSERT INTO outcome (row, attempt, states, times_ms, details)
 SELECT row, ?2, ?3, ?4, ?5 FROM job WHERE row = (SELECT row FROM batch WHERE id = ?1) AND attempt <= ?2
 ON CONFLICT (row) DO UPDATE SET attempt = excluded.attempt, states = excluded.states,
-    times_ms = excluded.times_ms, details = excluded.details
-WHERE excluded.attempt >= outcome.attempt"""
+    times_ms = excluded.times_ms, details = excluded.details"""
 
 # What is no hex is kept as it is: it can be looked up all the same.
 _REMOVE = """

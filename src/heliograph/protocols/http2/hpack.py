@@ -185,8 +185,8 @@ class Decoder:
             raise HpackError("the block ends inside a field") from None
         if self.changed != changed:
             self._blocks.clear()
-        # Most lists are far from the limit, and seen to be so without adding up. Collecting them first takes no more
-        # memory than a pointer an octet: what an index stands for is not copied, and Huffman at most doubles.
+        # Most lists are far from the limit, and seen to be so without adding up. Collecting them first takes at most
+        # some forty octets of memory for each of the block's: what an index stands for is not copied.
         if len(block) * 2 + len(fields) * (_ENTRY_OVERHEAD + self._largest) > self._max_list_size:
             size = sum([len(name) + len(value) + _ENTRY_OVERHEAD for name, value in fields])
             if size > self._max_list_size:

@@ -1,0 +1,126 @@
+"""Admission: refuse what cannot succeed, before anything is queued. Pure.
+
+Columns are checked entry by entry, so that a caller learns of everything that is wrong at once. Nothing is refused that
+Apple would take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from heliograph import payload as rules
+from heliograph import policy
+from heliograph.errors import Refused
+from heliograph.model import App, Environment, Headers, PushType
+from heliograph.protocols import apns
+
+
+class Checked(Struct, frozen=True):
+    """Columns as they will be sent, and what is wrong with them; only good for sending if nothing is."""
+
+    headers: list[Headers]
+    """The topic is filled in; alerts without a collapse id get their own id as one."""
+    tokens: list[bytes]
+    """Lower-case hex."""
+    refused: list[Refused]
+
+
+def check(
+    app: App, now: float, headers: Sequence[Headers], tokens: Sequence[str], payloads: Sequence[bytes]
+) -> Checked:
+    """Check a request's columns; `headers` and `payloads` have one entry for all or one each."""
+    refused: list[Refused] = []
+    checked_headers = _check_headers(app, now, headers, refused)
+    checked_tokens = _check_tokens(tokens, refused)
+    _check_payloads(payloads, headers, refused)
+    return Checked(checked_headers, checked_tokens, refused)
+
+
+def choose_environment(app: App, environment: Environment | None) -> Environment:
+    """The environment that is meant. Raises Refused where it is not clear or not the app's."""
+    if environment is None:
+        if len(app.environments) != 1:
+            text = f"The app {app.name!r} has both environments: say which, production or development."
+            raise Refused("MissingEnvironment", text, field="environment")
+        return app.environments[0]
+    if environment not in app.environments:
+        text = f"The app {app.name!r} is not set up for {environment}: its credentials are for {app.environments[0]}."
+        raise Refused("UnknownEnvironment", text, field="environment")
+    return environment
+
+
+def refuse_dead(tokens: Sequence[bytes], dead: Collection[bytes]) -> list[Refused]:
+    """A refusal for each device token that is known to be dead."""
+    text = "Apple said that this device token is dead: remove it on your side."
+    return [
+        Refused("Unregistered", text, index=index, field="token") for index, token in enumerate(tokens) if token in dead
+    ]
+
+
+def _at(refused: Refused, index: int | None) -> Refused:
+    return Refused(refused.reason, refused.detail, index=index, field=refused.field)
+
+
+def _check_headers(app: App, now: float, headers: Sequence[Headers], refused: list[Refused]) -> list[Headers]:
+    known: dict[Headers, Headers] = {}
+    out: list[Headers] = []
+    for index, each in enumerate(headers):
+        final = known.get(each)
+        if final is None:
+            try:
+                final = known[each] = _final_headers(app, now, each)
+            except Refused as error:
+                refused.append(_at(error, index if len(headers) > 1 else None))
+                final = each
+        out.append(final)
+    return out
+
+
+def _final_headers(app: App, now: float, headers: Headers) -> Headers:
+    if not headers.topic:
+        if len(app.topics) != 1:
+            text = f"The app has several topics: name one of {', '.join(app.topics)}."
+            raise Refused("MissingTopic", text, field="topic")
+        headers = replace(headers, topic=apns.topic_for(app.topics[0], headers.push_type))
+    apns.check_headers(headers)
+    if not apns.allowed_topic(headers.topic, headers.push_type, app.topics):
+        wanted = " or ".join(apns.topic_for(topic, headers.push_type) for topic in app.topics)
+        text = f"The topic {headers.topic!r} is not the app's. With push type {headers.push_type} send {wanted}."
+        raise Refused("TopicDisallowed", text, field="topic")
+    if policy.deadline(now, headers.expiration) <= now:
+        raise Refused("BadExpirationDate", "The expiration has passed already.", field="expiration")
+    if headers.push_type is PushType.ALERT and headers.collapse_id is None:
+        headers = replace(headers, collapse_on_id=True)
+    return headers
+
+
+def _check_tokens(tokens: Sequence[str], refused: list[Refused]) -> list[bytes]:
+    out: list[bytes] = []
+    check_token = apns.check_token
+    for index, token in enumerate(tokens):
+        try:
+            out.append(check_token(token))
+        except Refused as error:
+            refused.append(_at(error, index))
+            out.append(b"")  # keeps the places of the others
+    return out
+
+
+def _check_payloads(payloads: Sequence[bytes], headers: Sequence[Headers], refused: list[Refused]) -> None:
+    shared = len(payloads) == 1
+    push_types: Iterable[PushType] = [each.push_type for each in headers]
+    if len(headers) == 1:
+        push_types = [headers[0].push_type] * len(payloads)
+    elif shared:
+        # one payload under many headers: each push type has its own limits
+        push_types = set(push_types)
+        payloads = [payloads[0]] * len(push_types)
+    check_payload = rules.check
+    for index, (payload, push_type) in enumerate(zip(payloads, push_types, strict=True)):
+        try:
+            check_payload(payload, push_type)
+        except Refused as error:
+            refused.append(_at(error, None if shared else index))

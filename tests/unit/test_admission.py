@@ -1,0 +1,79 @@
+"""What is refused before anything is queued, and in which words."""
+
+from __future__ import annotations
+
+import pytest
+
+from heliograph.admission import check, choose_environment, refuse_dead
+from heliograph.errors import Refused
+from heliograph.model import App, Environment, Headers, PushType, SigningKey
+
+NOW = 1_700_000_000.0
+KEY = SigningKey("ABCDE12345", "TEAM123456", b"")
+ONE = App("one", ("com.example.one",), (Environment.PRODUCTION,), KEY)
+TWO = App("two", ("com.example.two", "com.example.three"), (Environment.PRODUCTION, Environment.DEVELOPMENT), KEY)
+TOKEN = "ab" * 32
+ALERT = b'{"aps":{"alert":"hi"}}'
+
+
+def refusals(app: App, headers: Headers, payload: bytes = ALERT) -> list[tuple[str, str | None, int | None]]:
+    checked = check(app, NOW, [headers], [TOKEN], [payload])
+    return [(refused.reason, refused.field, refused.index) for refused in checked.refused]
+
+
+def test_the_only_topic_is_filled_in_with_the_push_types_suffix() -> None:
+    checked = check(ONE, NOW, [Headers("", PushType.VOIP)], [TOKEN], [ALERT])
+    assert not checked.refused
+    assert checked.headers[0].topic == "com.example.one.voip"
+
+
+def test_with_several_topics_one_must_be_named() -> None:
+    assert refusals(TWO, Headers("")) == [("MissingTopic", "topic", None)]
+    assert refusals(TWO, Headers("com.example.three")) == []
+
+
+def test_a_topic_without_its_push_types_suffix_is_refused() -> None:
+    assert refusals(ONE, Headers("com.example.one", PushType.VOIP)) == [("TopicDisallowed", "topic", None)]
+
+
+def test_an_expiration_that_has_passed_is_refused_and_zero_is_not() -> None:
+    assert refusals(ONE, Headers("", expiration=int(NOW) - 1)) == [("BadExpirationDate", "expiration", None)]
+    assert refusals(ONE, Headers("", expiration=0)) == []
+
+
+def test_alerts_collapse_on_their_own_id_unless_told_otherwise() -> None:
+    headers = [Headers(""), Headers("", collapse_id="mine"), Headers("", PushType.VOIP)]
+    checked = check(ONE, NOW, headers, [TOKEN] * 3, [ALERT])
+    assert [each.collapse_on_id for each in checked.headers] == [True, False, False]
+
+
+def test_everything_that_is_wrong_is_told_with_its_place() -> None:
+    headers = [Headers(""), Headers("", priority=7), Headers("")]
+    checked = check(ONE, NOW, headers, [TOKEN, TOKEN, "x"], [ALERT, ALERT, b"["])
+    assert {(refused.reason, refused.index) for refused in checked.refused} == {
+        ("BadPriority", 1),
+        ("BadDeviceToken", 2),
+        ("BadRequestPayload", 2),
+    }
+
+
+def test_a_shared_payload_is_judged_by_every_push_type_that_it_goes_out_with() -> None:
+    payload = b'{"aps":{"alert":"' + b"x" * 4500 + b'"}}'
+    headers = [Headers("", PushType.VOIP), Headers("", PushType.ALERT)]
+    checked = check(ONE, NOW, headers, [TOKEN] * 2, [payload])
+    assert [(refused.reason, refused.index) for refused in checked.refused] == [("PayloadTooLarge", None)]
+    assert not check(ONE, NOW, headers[:1], [TOKEN], [payload]).refused
+
+
+def test_a_refused_token_does_not_shift_the_places_of_dead_ones() -> None:
+    checked = check(ONE, NOW, [Headers("")], ["x", TOKEN], [ALERT])
+    dead = refuse_dead(checked.tokens, {TOKEN.encode()})
+    assert [(refused.reason, refused.index) for refused in dead] == [("Unregistered", 1)]
+
+
+def test_the_environment_may_be_left_out_where_there_is_one() -> None:
+    assert choose_environment(ONE, None) is Environment.PRODUCTION
+    with pytest.raises(Refused, match="both environments"):
+        choose_environment(TWO, None)
+    with pytest.raises(Refused, match="not set up for development"):
+        choose_environment(ONE, Environment.DEVELOPMENT)
