@@ -27,6 +27,7 @@ from heliograph.protocols.http2 import (
     SettingsChanged,
     Template,
     Unknown,
+    frames,
 )
 from heliograph.protocols.provider_token import mint, parse_signing_key
 from heliograph.simulator.faults import Answer, Delay
@@ -259,6 +260,18 @@ async def test_what_waits_when_the_client_leaves_is_not_acted_on(apple: Simulato
     assert [received.id for received in apple.received] == [ID + "0001"]
 
 
+async def test_what_the_client_cancels_while_it_waits_is_not_acted_on(apple: Simulator) -> None:
+    async with client_of(apple) as client:
+        apple.delays(0.01)
+        client.submit(ONE, TWO)
+        # The greeting had stream 1. One is cancelled in the write that brought it, the other in a later one.
+        client.link.core._out.append(frames.rst_stream(3, ErrorCode.CANCEL))
+        await asyncio.sleep(0)
+        client.link.core._out.append(frames.rst_stream(5, ErrorCode.CANCEL))
+        assert await client.ask(THREE) == [Accepted]
+    assert [received.token for received in apple.received] == [THREE]
+
+
 async def test_withheld_push_was_acted_on_and_is_never_answered(apple: Simulator) -> None:
     async with client_of(apple) as client:
         apple.withholds(ONE)
@@ -332,7 +345,7 @@ async def test_journal_has_a_line_for_each_request_before_its_answer(tmp_path: P
 
 async def test_journal_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"journal .* cannot be written"):
-        Simulator(journal=tmp_path / "no" / "journal")
+        await Simulator(journal=tmp_path / "no" / "journal").__aenter__()
 
 
 # -- foreign clients ---------------------------------------------------------------------------------------------
