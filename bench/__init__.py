@@ -1,0 +1,1 @@
+"""The figures: `python -m bench NAME`. See README.md here."""

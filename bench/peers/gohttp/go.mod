@@ -1,0 +1,3 @@
+module heliograph/bench/gohttp
+
+go 1.25
