@@ -72,7 +72,7 @@ class DeviceToken(str):
         return f"<device token of {len(self) // 2} octets>"
 
 
-class Headers(Struct, frozen=True):
+class Headers(Struct, frozen=True, omit_defaults=True):
     """What Apple reads from request headers, but for the id; many notifications of a batch share one.
 
     Values are those of the wire: `expiration` is UNIX seconds, 0 means try once, None means not sent.

@@ -13,6 +13,7 @@ is that a caller names.
 from __future__ import annotations
 
 import asyncio
+import binascii
 import contextlib
 import fcntl
 import hashlib
@@ -26,6 +27,7 @@ from array import array
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
 
@@ -36,6 +38,7 @@ from heliograph.errors import Overloaded, StoreBusy, StoreError
 from heliograph.model import Batch, Detail, Environment, Lease, LeaseEnd, Outcomes, Receipt, Removal, State
 from heliograph.stores.body import pack, unpack
 
+A = TypeVar("A")
 T = TypeVar("T")
 Row = tuple[Any, ...]
 
@@ -46,18 +49,20 @@ PURGE_SLICE = 50
 """Batches deleted in one transaction; some milliseconds of the writer's time, so that nobody waits long behind it."""
 
 UNREADABLE = "Unreadable"
-"""The reason in the receipts of a batch whose stored body is damaged."""
+"""The reason in the receipts of a batch that is damaged in the store."""
 
-_PAGE_OCTETS = (
-    16384  # A full batch then takes 10 pages and not 37: 40 % less CPU to store it, 20 % more for a lone one.
-)
+# A full batch takes 10 such pages and not 37 of SQLite's own 4096: 40 % less CPU to store it, 20 % more for a lone one.
+_PAGE_OCTETS = 16384
 _CHECKPOINT_PAGES = 512  # 8 MB: larger ones save next to nothing and stall the writer for longer.
 
-_PUT_BATCH = """
-INSERT INTO batch (id, app, environment, created_at, size, body) VALUES (?, ?, ?, ?, ?, ?)
-ON CONFLICT (id) DO NOTHING"""  # RETURNING row would make it four times as dear
+_ROWS = 64
+"""Rows in one statement. Each call of SQLite gives up the interpreter's lock, and a busy event loop may then keep it
+for a switch interval: a thousand calls for a thousand rows took seconds. One for 64 rows also costs half the CPU."""
 
-_PUT_JOB = "INSERT INTO job (row, size, due_at) VALUES (?, ?, ?)"
+_PUT = """
+INSERT INTO batch (id, app, environment, created_at, size, body) VALUES {rows} ON CONFLICT (id) DO NOTHING"""
+
+_PUT_JOBS = "INSERT INTO job (row, size, due_at) SELECT row, size, ? FROM batch WHERE row > ?"
 
 # Leases that ran out are few; they are sorted in among what is due. CROSS JOIN fixes the order of the loops.
 _DUE = """
@@ -85,22 +90,25 @@ _LEASE = "UPDATE job SET attempt = attempt + 1, leased_until = ? WHERE row IN ca
 
 _GIVE_BACK = "UPDATE job SET attempt = attempt - 1, leased_until = NULL WHERE row = ? AND attempt = ?"
 
+# The plus keeps the planner from walking through all leases for each end.
 _FINISH = """
-UPDATE job SET due_at = ?3, leased_until = NULL
-WHERE row = (SELECT row FROM batch WHERE id = ?1) AND attempt = ?2 AND leased_until IS NOT NULL
+UPDATE job SET due_at = column3, leased_until = NULL FROM (VALUES {rows})
+WHERE row = (SELECT row FROM batch WHERE id = column1) AND attempt = column2 AND +leased_until IS NOT NULL
 RETURNING CASE WHEN due_at IS NULL THEN size ELSE 0 END"""
 
 _RECORD = """
 INSERT INTO outcome (row, attempt, states, times_ms, details)
-SELECT row, ?2, ?3, ?4, ?5 FROM job WHERE row = (SELECT row FROM batch WHERE id = ?1) AND attempt <= ?2
+SELECT row, column2, column3, column4, column5
+FROM (VALUES {rows}) CROSS JOIN job ON row = (SELECT row FROM batch WHERE id = column1)
+WHERE attempt <= column2
 ON CONFLICT (row) DO UPDATE SET attempt = excluded.attempt, states = excluded.states,
     times_ms = excluded.times_ms, details = excluded.details"""
 
-# What is no hex is kept as it is: it can be looked up all the same.
 _REMOVE = """
-INSERT INTO removal (app, environment, token, since) VALUES (?1, ?2, coalesce(unhex(?3), ?3), ?4)
+INSERT INTO removal (app, environment, token, since) VALUES {rows}
 ON CONFLICT (app, environment, token) DO UPDATE SET since = excluded.since WHERE excluded.since > removal.since"""
 
+# As `_octets` does: what is no hex is kept as it is.
 _REMOVED = """
 SELECT value FROM carray(?) WHERE EXISTS (
     SELECT 1 FROM removal WHERE app = ? AND environment = ? AND token = coalesce(unhex(value), value))"""
@@ -142,8 +150,7 @@ class SqliteStore:
         notifications are kept before `put` raises Overloaded. Raises StoreBusy when the store is open already, in this
         process or another, and StoreError when it cannot be used.
         """
-        path = Path(path)
-        return await asyncio.to_thread(cls, path, clock, monotonic, lease_s, max_waiting)
+        return await asyncio.to_thread(cls, Path(path), clock, monotonic, lease_s, max_waiting)
 
     def __init__(
         self,
@@ -154,6 +161,7 @@ class SqliteStore:
         max_waiting: int,
     ) -> None:
         """Works on the disk: `open` is the way in."""
+        path = path.resolve()  # one lock for one file, by whatever link it is opened
         self._path = path
         self._clock = clock
         self._monotonic = monotonic
@@ -193,34 +201,20 @@ class SqliteStore:
     async def put(self, batches: Sequence[Batch]) -> None:
         if not batches:
             return
-        count = sum(map(len, batches))
         rows = [
             (_key(batch.id), batch.app, batch.environment.value, batch.created_at, len(batch), pack(batch))
             for batch in batches
         ]
-
-        def write(db: apsw.Connection) -> None:
-            if self._writer.counted + count > self._max_waiting:
-                raise Overloaded(
-                    f"{self._writer.counted} notifications are waiting and {self._max_waiting} may",
-                    retry_after_s=RETRY_AFTER_S,
-                )
-            now = self._now()
-            for row in rows:
-                db.execute(_PUT_BATCH, row)
-                if db.changes():
-                    size = row[4]
-                    db.execute(_PUT_JOB, (db.last_insert_rowid(), size, now))
-                    self._writer.counted += size
-
-        await self._writer.run(write, wakes=True)
+        refusal = await self._writer.run(self._put, rows, wakes=True)
+        if refusal is not None:
+            raise refusal
 
     async def take(self, limit: int) -> Sequence[Lease]:
         if limit < 1:
             raise ValueError(f"take at least one batch, not {limit}")
         while True:
             seen = self._takers.changes
-            rows, wait_s = await self._lease(limit)
+            rows, wait_s = await self._take(limit)
             if leases := self._readable(rows):
                 return leases
             if not rows:
@@ -233,10 +227,7 @@ class SqliteStore:
         rows = [
             (_key(end.batch_id), end.attempt, None if end.again_at is None else end.again_at + ahead) for end in ends
         ]
-        await self._writer.run(
-            lambda db: self._finish(db, rows),
-            wakes=any(end.again_at is not None for end in ends),
-        )
+        await self._writer.run(self._finish, rows, wakes=any(end.again_at is not None for end in ends))
 
     # Store
 
@@ -244,13 +235,8 @@ class SqliteStore:
         if not outcomes and not removals:
             return
         known = [_outcome_row(each) for each in outcomes]
-        dead = [(each.app, each.environment.value, each.token.encode(), each.since) for each in removals]
-
-        def write(db: apsw.Connection) -> None:
-            db.executemany(_RECORD, known)
-            db.executemany(_REMOVE, dead)
-
-        await self._writer.run(write)
+        dead = [(each.app, each.environment.value, _octets(each.token), each.since) for each in removals]
+        await self._writer.run(_record, (known, dead))
 
     async def find_receipts(self, ids: Sequence[str]) -> Sequence[Receipt | None]:
         receipts: list[Receipt | None] = [None] * len(ids)
@@ -281,13 +267,7 @@ class SqliteStore:
         count = 0
         while finished := await self._read(_FINISHED, last, end, PURGE_SLICE):
             last = finished[-1][0]
-            rows = array("q", [row for _, row in finished])
-
-            def delete(db: apsw.Connection, rows: array[int] = rows) -> None:
-                for table in ("outcome", "job", "batch"):
-                    db.execute(f"DELETE FROM {table} WHERE row IN carray(?)", (apsw.carray(rows),))  # noqa: S608
-
-            await self._writer.run(delete)
+            await self._writer.run(_delete, [row for _, row in finished])
             count += len(finished)
         return count
 
@@ -317,25 +297,14 @@ class SqliteStore:
             raise _closed(self._path)
         return await asyncio.get_running_loop().run_in_executor(self._readers, read)
 
-    async def _lease(self, limit: int) -> tuple[list[Row], float]:
+    async def _take(self, limit: int) -> tuple[list[Row], float]:
         """Rows of `_DUE`, leased now; or none, and the seconds until there will be one."""
 
-        def write(db: apsw.Connection) -> tuple[list[Row], float]:
-            now = self._now()
-            rows = db.execute(_DUE, (now, limit)).fetchall()
-            if not rows:
-                at = db.execute(_NEXT_DUE).get
-                return [], math.inf if at is None else at - now
-            db.execute(_LEASE, (now + self._lease_s, apsw.carray(array("q", [row[0] for row in rows]))))
-            return rows, 0.0
-
         def give_back(leased: asyncio.Future[tuple[list[Row], float]]) -> None:
-            if leased.cancelled() or leased.exception() is not None:
-                return
-            rows = [(row[0], row[7]) for row in leased.result()[0]]
-            self._run_unattended(lambda db: db.executemany(_GIVE_BACK, rows), wakes=True)
+            if not leased.cancelled() and leased.exception() is None:
+                self._run_unattended(_give_back, [(row[0], row[7]) for row in leased.result()[0]], wakes=True)
 
-        leasing = self._writer.run(write)
+        leasing = self._writer.run(self._lease, limit)
         try:
             return await asyncio.shield(leasing)
         except asyncio.CancelledError:
@@ -343,35 +312,25 @@ class SqliteStore:
             raise
 
     def _readable(self, rows: Sequence[Row]) -> list[Lease]:
-        """Leases of rows of `_DUE`. A batch whose body is damaged is buried here: it must not hold up the others."""
+        """Leases of rows of `_DUE`. What is damaged is buried here: it must not hold up the others."""
         leases = []
         for _, key, app, environment, created_at, size, body, attempt, recorded, states, times_ms, details in rows:
-            name = _text(key)
-            known = None if states is None else Outcomes(name, recorded, states, times_ms, _details(details))
+            name, known = _text(key), None
             try:
+                if states is not None:
+                    known = Outcomes(name, recorded, states, times_ms, _details(details))
                 leases.append(Lease(unpack(name, app, Environment(environment), created_at, body), known, attempt))
             except StoreError:
-                known = known or Outcomes(name, attempt, bytes(size), bytes(4 * size))
-                self._bury(known, attempt, self._clock() - created_at)
+                known = known or Outcomes(name, attempt, states or bytes(size), times_ms or bytes(4 * size))
+                buried = _buried(known, attempt, self._clock() - created_at)
+                self._run_unattended(_record, ([_outcome_row(buried)], []))
+                self._run_unattended(self._finish, [(key, attempt, None)])
         return leases
 
-    def _bury(self, known: Outcomes, attempt: int, age_s: float) -> None:
-        buried = _outcome_row(_buried(known, attempt, age_s))
-        ended = (buried[0], attempt, None)
-
-        def write(db: apsw.Connection) -> None:
-            db.execute(_RECORD, buried)
-            self._finish(db, [ended])
-
-        self._run_unattended(write)
-
-    def _finish(self, db: apsw.Connection, rows: Sequence[Row]) -> None:
-        self._writer.counted -= sum(size for (size,) in db.executemany(_FINISH, rows))
-
-    def _run_unattended(self, work: Callable[[apsw.Connection], object], *, wakes: bool = False) -> None:
+    def _run_unattended(self, work: _Work[A, Any], argument: A, *, wakes: bool = False) -> None:
         """Where this fails, the lease that it was to end runs out, or is void on the next opening."""
         with contextlib.suppress(StoreError):
-            done = self._writer.run(work, wakes=wakes)
+            done = self._writer.run(work, argument, wakes=wakes)
             done.add_done_callback(lambda future: future.cancelled() or future.exception())
 
     def _end(self) -> None:
@@ -379,17 +338,62 @@ class SqliteStore:
         self._writer.join()
         self._opened.close()
 
+    # What the writer does, each for all calls of a group (see `_Work`)
+
+    def _put(self, db: apsw.Connection, calls: Sequence[list[Row]]) -> list[Overloaded | None]:
+        answers: list[Overloaded | None] = []
+        rows: list[Row] = []
+        waiting = self._writer.counted
+        for call in calls:
+            count = sum(row[4] for row in call)
+            if waiting + count <= self._max_waiting:
+                waiting += count
+                rows += call
+                answers.append(None)
+            else:
+                text = f"{waiting} notifications are waiting, {count} more would be above {self._max_waiting}"
+                answers.append(Overloaded(text, retry_after_s=RETRY_AFTER_S))
+        last = db.execute("SELECT coalesce(max(row), 0) FROM batch").get
+        _write_rows(db, _PUT, rows)
+        db.execute(_PUT_JOBS, (self._now(), last))
+        self._writer.counted += db.execute("SELECT coalesce(sum(size), 0) FROM job WHERE row > ?", (last,)).get
+        return answers
+
+    def _lease(self, db: apsw.Connection, calls: Sequence[int]) -> list[tuple[list[Row], float]]:
+        now = self._now()
+        answers = []
+        for limit in calls:
+            rows: list[Row] = db.execute(_DUE, (now, limit)).fetchall()
+            wait_s = 0.0
+            if rows:
+                db.execute(_LEASE, (now + self._lease_s, apsw.carray(array("q", [row[0] for row in rows]))))
+            else:
+                at = db.execute(_NEXT_DUE).get
+                wait_s = math.inf if at is None else at - now
+            answers.append((rows, wait_s))
+        return answers
+
+    def _finish(self, db: apsw.Connection, calls: Sequence[list[Row]]) -> list[None]:
+        ended = _write_rows(db, _FINISH, list(chain.from_iterable(calls)))
+        self._writer.counted -= sum(size for (size,) in ended)
+        return [None] * len(calls)
+
+
+_Work = Callable[[apsw.Connection, Sequence[A]], Sequence[T]]
+"""Something to do on the writer's connection for several calls at once: their arguments in, their answers out."""
+
 
 class _Operation:
     """What one caller wants of the writer, and where the answer goes."""
 
-    __slots__ = ("error", "future", "result", "wakes", "work")
+    __slots__ = ("answer", "argument", "error", "future", "wakes", "work")
 
-    def __init__(self, work: Callable[[apsw.Connection], Any], future: asyncio.Future[Any], *, wakes: bool) -> None:
-        self.work = work
+    def __init__(self, work: _Work[A, T], argument: A, future: asyncio.Future[T], *, wakes: bool) -> None:
+        self.work: _Work[Any, Any] = work
+        self.argument = argument
         self.future = future
         self.wakes = wakes
-        self.result: Any = None
+        self.answer: Any = None
         self.error: Exception | None = None
 
 
@@ -414,16 +418,17 @@ class _Writer:
         self._thread = threading.Thread(target=self._work, name="heliograph-sqlite-writer", daemon=True)
         self._thread.start()
 
-    def run(self, work: Callable[[apsw.Connection], T], *, wakes: bool = False) -> asyncio.Future[T]:
-        """Have `work` done with the next group; the future ends when that is on disk.
+    def run(self, work: _Work[A, T], argument: A, *, wakes: bool = False) -> asyncio.Future[T]:
+        """Have `work` done for `argument` with the next group; the future ends when that is on disk.
 
-        `work` may be called more than once, each time on a clean slate. `wakes`: afterwards something may be due.
+        What a group wants of the same `work` is one call of it. A call may be repeated, each time on a clean slate.
+        `wakes`: afterwards something may be due.
         """
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         with self._gate:  # so that nothing comes in behind the None that ends the thread
             if self.closed:
                 raise _closed(self._path)
-            self._operations.put(_Operation(work, future, wakes=wakes))
+            self._operations.put(_Operation(work, argument, future, wakes=wakes))
         return future
 
     def close(self) -> None:
@@ -478,14 +483,16 @@ class _Writer:
 
     def _try(self, group: Sequence[_Operation]) -> Exception | None:
         """Do all of the group; what went wrong, if anything did."""
+        works: dict[_Work[Any, Any], list[_Operation]] = {}
         for operation in group:
-            operation.error = None
-            try:
-                operation.result = operation.work(self._db)
-            except Overloaded as refusal:  # raised before anything was written
-                operation.error = refusal
-            except Exception as error:  # noqa: BLE001 - it is the caller's, who gets it
-                return error
+            works.setdefault(operation.work, []).append(operation)
+        try:
+            for work, operations in works.items():
+                answers = work(self._db, [operation.argument for operation in operations])
+                for operation, answer in zip(operations, answers, strict=True):
+                    operation.answer = answer
+        except Exception as error:  # noqa: BLE001 - it is the caller's, who gets it
+            return error
         return None
 
     def _roll_back(self) -> None:
@@ -509,9 +516,37 @@ def _resolve(operations: Sequence[_Operation]) -> None:
         if operation.future.done():  # its caller was cancelled
             continue
         if operation.error is None:
-            operation.future.set_result(operation.result)
+            operation.future.set_result(operation.answer)
         else:
             operation.future.set_exception(operation.error)
+
+
+def _record(db: apsw.Connection, calls: Sequence[tuple[list[Row], list[Row]]]) -> list[None]:
+    _write_rows(db, _RECORD, [row for known, _ in calls for row in known])
+    _write_rows(db, _REMOVE, [row for _, dead in calls for row in dead])
+    return [None] * len(calls)
+
+
+def _give_back(db: apsw.Connection, calls: Sequence[list[Row]]) -> list[None]:
+    db.executemany(_GIVE_BACK, chain.from_iterable(calls))
+    return [None] * len(calls)
+
+
+def _delete(db: apsw.Connection, calls: Sequence[list[int]]) -> list[None]:
+    rows = array("q", chain.from_iterable(calls))
+    for table in ("outcome", "job", "batch"):
+        db.execute(f"DELETE FROM {table} WHERE row IN carray(?)", (apsw.carray(rows),))  # noqa: S608 - three literals
+    return [None] * len(calls)
+
+
+def _write_rows(db: apsw.Connection, sql: str, rows: Sequence[Row]) -> list[Row]:
+    """Run `sql` for `rows`, which stand where it says `{rows}`; what it returns."""
+    returned: list[Row] = []
+    for start in range(0, len(rows), _ROWS):
+        some = rows[start : start + _ROWS]
+        marks = ",".join([f"({','.join('?' * len(some[0]))})"] * len(some))
+        returned += db.execute(sql.format(rows=marks), tuple(chain.from_iterable(some))).fetchall()
+    return returned
 
 
 class _Takers:
@@ -528,7 +563,7 @@ class _Takers:
             waiters, self._waiters = self._waiters, set()
         for waiter in waiters:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                waiter.get_loop().call_soon_threadsafe(_end, waiter)
+                waiter.get_loop().call_soon_threadsafe(_ring, waiter)
 
     async def wait(self, seen: int, seconds: float) -> None:
         """Return after `seconds`, or as soon as `changes` is no longer `seen`."""
@@ -539,7 +574,7 @@ class _Takers:
                 return
             self._waiters.add(waiter)
         # A loop's timer may ring early by the loop's resolution: a millisecond keeps that from becoming a spin.
-        timer = loop.call_later(max(seconds, 0.001), _end, waiter) if seconds < math.inf else None
+        timer = loop.call_later(max(seconds, 0.001), _ring, waiter) if seconds < math.inf else None
         try:
             await waiter
         finally:
@@ -549,14 +584,17 @@ class _Takers:
                 self._waiters.discard(waiter)
 
 
-def _end(waiter: asyncio.Future[None]) -> None:
+def _ring(waiter: asyncio.Future[None]) -> None:
     if not waiter.done():
         waiter.set_result(None)
 
 
 def _key(id: str) -> bytes:
     """The 16 octets of the batch with this id, which lacks its last four digits (see `Batch.id`)."""
-    return bytes.fromhex(id.replace("-", "") + "0000")
+    key = bytes.fromhex(id.replace("-", "") + "0000")
+    if len(key) != 16:
+        raise ValueError("a batch's id is a UUID without its last four digits")
+    return key
 
 
 def _text(key: bytes) -> str:
@@ -569,8 +607,19 @@ def _outcome_row(known: Outcomes) -> Row:
     return _key(known.batch_id), known.attempt, known.states, known.times_ms, details
 
 
+def _octets(token: str) -> bytes:
+    digits = token.encode()
+    try:
+        return binascii.unhexlify(digits)
+    except binascii.Error:
+        return digits
+
+
 def _details(stored: bytes | None) -> tuple[Detail, ...]:
-    return _decode_details(stored) if stored else ()
+    try:
+        return _decode_details(stored) if stored else ()
+    except msgspec.DecodeError as error:
+        raise StoreError(f"Stored outcomes cannot be read: {error}") from error
 
 
 def _receipt(id: str, row: Row, details: dict[int, Detail]) -> Receipt | None:

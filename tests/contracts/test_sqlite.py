@@ -1,0 +1,631 @@
+"""SQLite as Queue and Store, on real files: the contracts, and what only one file and one process can promise."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import apsw
+import pytest
+import uvloop
+from msgspec import structs
+
+from heliograph.errors import StoreBusy, StoreError
+from heliograph.model import Batch, Detail, LeaseEnd, State
+from heliograph.ports import Queue, Store
+from heliograph.stores import sqlite
+from heliograph.stores.sqlite import UNREADABLE, Migration, SqliteStore
+from tests.contracts.queue import LEASE_S, MAX_WAITING, Clock, QueueContract, a_batch, done, ids
+from tests.contracts.store import PRODUCTION, StoreContract, outcomes, removal
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "heliograph" / "queue.db"
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@contextlib.asynccontextmanager
+async def opened(path: Path, clock: Clock | None = None, **options: float) -> AsyncIterator[SqliteStore]:
+    clocks: dict[str, Callable[[], float]] = {} if clock is None else {"clock": clock, "monotonic": clock}
+    store = await SqliteStore.open(path, **clocks, **options)  # type: ignore[arg-type]
+    try:
+        yield store
+    finally:
+        await store.aclose()
+
+
+def run(store: SqliteStore, work: Callable[[apsw.Connection], object]) -> asyncio.Future[object]:
+    """Do something on the connection that writes."""
+    return store._writer.run(lambda db, calls: [work(db) for _ in calls], None)
+
+
+async def open_and_close(path: Path) -> None:
+    async with opened(path):
+        pass
+
+
+def refused(path: Path, match: str) -> None:
+    with pytest.raises(StoreError, match=match):
+        asyncio.run(open_and_close(path))
+
+
+class TestQueue(QueueContract):
+    @pytest.fixture
+    async def queue(self, path: Path, clock: Clock) -> AsyncIterator[Queue]:
+        async with opened(path, clock, lease_s=LEASE_S, max_waiting=MAX_WAITING) as store:
+            yield store
+
+
+class TestStore(StoreContract):
+    @pytest.fixture
+    async def store(self, path: Path, clock: Clock) -> AsyncIterator[Store]:
+        async with opened(path, clock, lease_s=LEASE_S, max_waiting=MAX_WAITING) as store:
+            yield store
+
+    @pytest.fixture
+    def queue(self, store: SqliteStore) -> Queue:
+        return store
+
+
+# What is on disk
+
+
+async def test_all_of_it_survives_closing_and_opening(path: Path) -> None:
+    waiting, finished = a_batch(1000), a_batch(2)
+    async with opened(path) as store:
+        await store.put([finished, waiting])
+        await store.take(1)
+        await store.record([outcomes(finished, [State.ACCEPTED] * 2)], [removal(finished.tokens[0])])
+        await store.finish([LeaseEnd(finished.id, 1)])
+    async with opened(path) as store:
+        assert store.waiting == 1000
+        assert [lease.batch for lease in await store.take(10)] == [waiting]
+        (receipt,) = await store.find_receipts([finished.id + "0002"])
+        assert receipt is not None
+        assert receipt.state is State.ACCEPTED
+        assert await store.removed_among("shop", PRODUCTION, finished.tokens) == {finished.tokens[0]}
+
+
+async def test_log_is_folded_into_the_file_on_closing(path: Path) -> None:
+    async with opened(path) as store:
+        await store.put([a_batch(1000)])
+        assert path.with_name("queue.db-wal").stat().st_size > 0
+    assert sorted(file.name for file in path.parent.iterdir()) == ["queue.db", "queue.db.lock"]
+
+
+async def test_log_is_folded_into_the_file_though_somebody_else_looks_into_it(path: Path) -> None:
+    async with opened(path) as store:
+        await store.put([a_batch(1000)])
+        outside = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
+        assert outside.execute("SELECT count(*) FROM batch").get == 1
+    with contextlib.closing(outside):
+        assert path.with_name("queue.db-wal").stat().st_size == 0
+
+
+async def test_every_commit_is_synced_before_it_is_answered(path: Path) -> None:
+    async with opened(path) as store:
+
+        def settings(db: apsw.Connection) -> list[object]:
+            return [db.pragma(name) for name in ("journal_mode", "synchronous", "page_size")]
+
+        full = 2
+        assert await run(store, settings) == ["wal", full, 16384]
+
+
+async def test_files_are_for_their_owner_only_whatever_the_umask(path: Path) -> None:
+    before = os.umask(0)
+    try:
+        async with opened(path) as store:
+            await store.put([a_batch()])
+            modes = {file.name: file.stat().st_mode & 0o777 for file in path.parent.iterdir()}
+    finally:
+        os.umask(before)
+    assert modes == dict.fromkeys(["queue.db", "queue.db-wal", "queue.db-shm", "queue.db.lock"], 0o600)
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+
+
+SENDER = """
+import asyncio, os, sys
+from heliograph.model import LeaseEnd, State
+from heliograph.stores.sqlite import SqliteStore
+from tests.contracts.queue import a_batch
+from tests.contracts.store import outcomes, removal
+
+async def put(store):
+    while True:
+        batch = a_batch(3)
+        await store.put([batch])
+        os.write(1, f"put {batch.id}\\n".encode())
+
+async def send(store):
+    while True:
+        for lease in await store.take(5):
+            batch = lease.batch
+            await store.record(
+                [outcomes(batch, [State.ACCEPTED] * 3, attempt=lease.attempt)], [removal(batch.tokens[0])]
+            )
+            await store.finish([LeaseEnd(batch.id, lease.attempt)])
+            os.write(1, f"finished {batch.id}\\n".encode())
+
+async def main():
+    store = await SqliteStore.open(sys.argv[1])
+    os.write(1, b"open\\n")
+    await asyncio.gather(*(put(store) for _ in range(8)), *(send(store) for _ in range(3)))
+
+asyncio.run(main())
+"""
+
+
+@contextlib.contextmanager
+def sender(path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that puts and sends as fast as it can, and tells what was answered, line by line."""
+    command = [sys.executable, "-c", SENDER, str(path)]
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"open\n"
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize(
+    "kills", [pytest.param(24, id="24"), pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
+)
+async def test_nothing_that_was_answered_is_lost_by_kill_9(path: Path, kills: int) -> None:
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")  # noqa: T201 - shown when it fails
+    chance = random.Random(seed)
+    told: dict[str, set[str]] = {"put": set(), "finished": set()}
+    for _ in range(kills):
+        with sender(path) as process:
+            assert process.stdout is not None
+            lines = [process.stdout.readline() for _ in range(chance.randrange(1, 300))]
+            process.send_signal(signal.SIGKILL)
+            lines += process.stdout.readlines()
+        for line in lines:
+            verb, batch = line.decode().split()
+            told[verb].add(batch)
+        async with opened(path) as store:
+            put, finished = sorted(told["put"]), sorted(told["finished"])
+            assert None not in await store.find_receipts([batch + "0003" for batch in put])
+            receipts = await store.find_receipts([batch + "0001" for batch in finished])
+            assert {receipt and receipt.state for receipt in receipts} <= {State.ACCEPTED}
+            check = await run(store, lambda db: db.execute("PRAGMA integrity_check").get)
+            assert check == "ok"
+    assert told["finished"]
+    left = set()
+    async with opened(path) as store:
+        while store.waiting:
+            leases = await store.take(100)
+            left.update(ids(leases))
+            await store.finish(list(map(done, leases)))
+    assert not left & told["finished"]
+
+
+# One process a file
+
+
+async def test_second_process_is_refused_at_once_and_told_which_one_has_the_file(path: Path) -> None:
+    with sender(path) as process:
+        with pytest.raises(StoreBusy, match=rf"in use by process {process.pid}\b"):
+            await SqliteStore.open(path)
+        process.kill()
+        process.wait()
+        async with opened(path) as store:
+            assert store.waiting >= 0
+
+
+async def test_same_process_cannot_open_it_twice_but_again(path: Path) -> None:
+    async with opened(path):
+        with pytest.raises(StoreBusy, match=str(os.getpid())):
+            await SqliteStore.open(path)
+    await open_and_close(path)
+
+
+@pytest.fixture
+def link(path: Path, tmp_path: Path) -> Path:
+    link = tmp_path / "link.db"
+    link.symlink_to(path)
+    return link
+
+
+async def test_file_is_one_by_whatever_link_it_is_opened(path: Path, link: Path) -> None:
+    async with opened(path):
+        with pytest.raises(StoreBusy):
+            await SqliteStore.open(link)
+
+
+async def test_leases_of_a_dead_process_are_void(path: Path, clock: Clock) -> None:
+    first, second = a_batch(), a_batch()
+    async with opened(path, clock) as store:
+        await store.put([first, second])
+        await store.take(1)
+    clock.advance(1)
+    async with opened(path, clock) as store:
+        assert [(lease.batch.id, lease.attempt) for lease in await store.take(2)] == [(first.id, 2), (second.id, 1)]
+
+
+def test_file_that_cannot_be_opened_can_be_opened_later(path: Path) -> None:
+    path.mkdir(parents=True)
+    refused(path, r"queue\.db")
+    path.rmdir()
+    asyncio.run(open_and_close(path))
+
+
+# The clock
+
+
+async def test_setting_the_clock_neither_ends_leases_nor_moves_what_waits(path: Path) -> None:
+    wall, steady = Clock(), Clock()
+    leased, waits, other = a_batch(), a_batch(), a_batch()
+    store = await SqliteStore.open(path, clock=wall, monotonic=steady, lease_s=60)
+    await store.put([leased, waits])
+    await store.take(2)
+    await store.finish([LeaseEnd(waits.id, 1, wall() + 30)])
+    for jump in (3600, -7200, 315_360_000):
+        wall.advance(jump)
+        await store.put([other := a_batch()])
+        assert ids(await store.take(10)) == [other.id]
+    steady.advance(30)
+    assert ids(await store.take(10)) == [waits.id]
+    await store.finish([LeaseEnd(waits.id, 2, wall() + 10)])
+    steady.advance(10)
+    assert ids(await store.take(10)) == [waits.id]
+    await store.aclose()
+
+
+async def test_what_was_never_tried_is_due_on_opening_though_the_clock_was_set_back(path: Path) -> None:
+    clock = Clock()
+    batch = a_batch()
+    async with opened(path, clock) as store:
+        await store.put([batch])
+    clock.advance(-3600)
+    async with opened(path, clock) as store:
+        assert ids(await store.take(1)) == [batch.id]
+
+
+async def test_take_wakes_when_something_becomes_due(path: Path) -> None:
+    batch = a_batch()
+    async with opened(path) as store:
+        await store.put([batch])
+        await store.take(1)
+        due_at = time.time() + 0.05
+        await store.finish([LeaseEnd(batch.id, 1, due_at)])
+        assert ids(await store.take(1)) == [batch.id]
+        assert time.time() >= due_at - 0.01
+
+
+async def test_take_wakes_when_a_lease_runs_out(path: Path) -> None:
+    async with opened(path, lease_s=0.05) as store:
+        await store.put([a_batch()])
+        await store.take(1)
+        assert [lease.attempt for lease in await store.take(1)] == [2]
+
+
+async def test_waiting_take_asks_the_file_nothing(path: Path) -> None:
+    async with opened(path) as store:
+        asked: list[str] = []
+        await store.put([a_batch()])
+        await store.take(1)
+        taking = asyncio.create_task(store.take(1))
+        await store.finish([LeaseEnd(a_batch().id, 1)])
+        await run(store, lambda db: db.trace_v2(apsw.SQLITE_TRACE_STMT, lambda event: asked.append(event["sql"])))
+        await asyncio.sleep(0.05)
+        taking.cancel()
+        await run(store, lambda db: db.trace_v2(0))
+        assert [sql for sql in asked if "job" in sql] == []
+
+
+# Group commit
+
+
+async def test_calls_that_come_in_together_share_a_commit(path: Path) -> None:
+    async with opened(path) as store:
+        before = store.commits
+        await asyncio.gather(*(store.put([a_batch()]) for _ in range(200)))
+        assert store.waiting == 200
+        assert store.commits - before <= 20
+        before = store.commits
+        await store.put([a_batch() for _ in range(200)])
+        assert store.commits - before == 1
+
+
+async def test_calls_refused_for_want_of_room_share_a_commit_with_the_others(path: Path) -> None:
+    async with opened(path, max_waiting=100) as store:
+        before = store.commits
+        await asyncio.gather(*(store.put([a_batch()]) for _ in range(200)), return_exceptions=True)
+        assert store.waiting == 100
+        assert store.commits - before <= 20
+
+
+def poison() -> Batch:
+    """A batch that no database takes: a lone surrogate has no UTF-8."""
+    return structs.replace(a_batch(), app="\ud800")
+
+
+async def test_call_that_fails_does_not_fail_those_in_its_group(path: Path) -> None:
+    async with opened(path) as store:
+        batches = [a_batch() for _ in range(200)]
+        batches[17:17] = [poison()]
+        batches[120:120] = [poison()]
+        answers = await asyncio.gather(*(store.put([batch]) for batch in batches), return_exceptions=True)
+        failed = [index for index, answer in enumerate(answers) if answer is not None]
+        assert failed == [17, 120]
+        assert store.waiting == 200
+        assert len(await store.take(1000)) == 200
+
+
+async def test_call_that_fails_half_way_leaves_nothing_behind(path: Path) -> None:
+    async with opened(path) as store:
+        good = a_batch()
+        with pytest.raises(UnicodeEncodeError):
+            await store.put([good, poison()])
+        assert store.waiting == 0
+        assert list(await store.find_receipts([good.id + "0001"])) == [None]
+
+
+async def test_commit_that_fails_fails_all_of_its_group_and_leaves_nothing_behind(path: Path) -> None:
+    async with opened(path) as store:
+        await store.put([a_batch(1000)])
+        batches = [a_batch(1000) for _ in range(8)]
+        # A limit on file sizes stands for a disk that takes no more: the log's next pages cannot be written.
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.with_name("queue.db-wal").stat().st_size, limits[1]))
+        try:
+            answers = await asyncio.gather(*(store.put([batch]) for batch in batches), return_exceptions=True)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert [type(answer) for answer in answers] == [StoreError] * 8
+        assert store.waiting == 1000
+        assert set(await store.find_receipts([batch.id + "0001" for batch in batches])) == {None}
+        await store.put(batches)
+        assert len(await store.take(100)) == 9
+
+
+async def test_full_disk_is_a_store_error_and_over_when_there_is_room(path: Path) -> None:
+    async with opened(path) as store:
+        batch = a_batch()
+        await store.put([batch])
+        await run(store, lambda db: db.pragma("max_page_count", db.pragma("page_count")))
+        large = [a_batch(1000) for _ in range(3)]
+        answers = await asyncio.gather(*(store.put([each]) for each in large), return_exceptions=True)
+        assert [type(answer) for answer in answers] == [StoreError] * 3
+        assert "Make room" in str(answers[0])
+        assert store.waiting == 1
+        (lease,) = await store.take(10)
+        await store.finish([done(lease)])
+        await run(store, lambda db: db.pragma("max_page_count", 1_000_000))
+        await store.put(large)
+        assert ids(await store.take(10)) == [each.id for each in large]
+
+
+async def test_reader_does_not_wait_for_the_writer(path: Path) -> None:
+    async with opened(path) as store:
+        batch = a_batch()
+        await store.put([batch])
+        held = threading.Event()
+        writing = run(store, lambda _: held.wait())
+        try:
+            assert None not in await store.find_receipts([batch.id + "0001"])
+            assert await store.removed_among("shop", PRODUCTION, batch.tokens) == set()
+            assert not writing.done()
+        finally:
+            held.set()
+        await writing
+
+
+async def test_call_whose_caller_is_cancelled_does_not_disturb_the_others(path: Path) -> None:
+    async with opened(path) as store:
+        puts = [asyncio.create_task(store.put([a_batch()])) for _ in range(20)]
+        await asyncio.sleep(0)
+        for put in puts[::2]:
+            put.cancel()
+        answers = await asyncio.gather(*puts, return_exceptions=True)
+        assert answers[1::2] == [None] * 10
+        await store.put([a_batch()])
+
+
+async def test_put_on_another_event_loop_wakes_a_take_here(path: Path) -> None:
+    async with opened(path) as store:
+        batch = a_batch()
+        taking = asyncio.create_task(store.take(1))
+        await asyncio.to_thread(lambda: asyncio.run(store.put([batch])))
+        assert ids(await taking) == [batch.id]
+
+
+def test_it_works_on_uvloop_as_well(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as store:
+            batches = [a_batch(10) for _ in range(20)]
+            taking = asyncio.create_task(store.take(1))
+            await asyncio.gather(*(store.put([batch]) for batch in batches))
+            leases = [*await taking, *await store.take(100)]
+            assert sorted(ids(leases)) == sorted(batch.id for batch in batches)
+            await store.finish(list(map(done, leases)))
+            assert store.waiting == 0
+
+    uvloop.run(main())
+
+
+# The end
+
+
+async def test_closing_does_what_was_asked_for_and_refuses_what_comes_later(path: Path) -> None:
+    store = await SqliteStore.open(path)
+    batches = [a_batch() for _ in range(50)]
+    puts = [asyncio.create_task(store.put([batch])) for batch in batches]
+    await asyncio.sleep(0)
+    await asyncio.gather(store.aclose(), store.aclose())
+    assert await asyncio.gather(*puts) == [None] * 50
+    for late in (store.put([a_batch()]), store.take(1), store.find_receipts([batches[0].id + "0001"]), store.purge(0)):
+        with pytest.raises(StoreError, match="closed"):
+            await late
+    await store.aclose()
+    async with opened(path) as store:
+        assert len(await store.take(100)) == 50
+
+
+async def test_closing_ends_a_take_that_waits(path: Path) -> None:
+    async with opened(path) as store:
+        taking = asyncio.create_task(store.take(1))
+        await store.finish([LeaseEnd(a_batch().id, 1)])
+    with pytest.raises(StoreError, match="closed"):
+        await taking
+
+
+async def test_closing_ends_the_threads(path: Path) -> None:
+    async with opened(path) as store:
+        await store.find_receipts([a_batch().id + "0001"])
+        assert any(thread.name.startswith("heliograph-sqlite") for thread in threading.enumerate())
+    assert not any(thread.name.startswith("heliograph-sqlite") for thread in threading.enumerate())
+
+
+# Old, odd and damaged
+
+
+async def test_purge_deletes_what_is_old_and_finished(path: Path, clock: Clock) -> None:
+    async with opened(path, clock) as store:
+        old = [a_batch(created_at=clock() - 100 + number / 10) for number in range(120)]
+        unfinished, young = a_batch(created_at=clock() - 200), a_batch(created_at=clock())
+        await store.put([unfinished])
+        await store.take(1)
+        await store.put([*old, young])
+        leases = await store.take(1000)
+        await store.record([outcomes(lease.batch, [State.ACCEPTED]) for lease in leases], [])
+        await store.finish(list(map(done, leases)))
+        assert await store.purge(clock() - 80) == 120
+        assert await store.purge(clock() - 80) == 0
+        assert set(await store.find_receipts([batch.id + "0001" for batch in old])) == {None}
+        assert None not in await store.find_receipts([batch.id + "0001" for batch in (unfinished, young)])
+        rows = await run(
+            store, lambda db: [db.execute(f"SELECT count(*) FROM {table}").get for table in ("batch", "job", "outcome")]
+        )
+        assert rows == [2, 2, 1]
+
+
+async def test_newer_removal_wins(path: Path) -> None:
+    async with opened(path) as store:
+        token = b"00ff"
+        for since in (5, 9, 7):
+            await store.record([], [removal(token, since=since)])
+        stored = await run(store, lambda db: db.execute("SELECT token, since FROM removal").fetchall())
+        assert stored == [(b"\x00\xff", 9)]
+
+
+async def test_batch_whose_body_is_damaged_is_buried_and_holds_nobody_up(path: Path, clock: Clock) -> None:
+    async with opened(path, clock) as store:
+        damaged, fresh, sound = a_batch(3), a_batch(2), a_batch()
+        await store.put([damaged])
+        await store.take(1)
+        clock.advance(1)
+        await store.record([outcomes(damaged, [State.ACCEPTED, State.QUEUED, State.QUEUED], Detail(1, "X", 500))], [])
+        await store.finish([LeaseEnd(damaged.id, 1, clock())])
+        await store.put([fresh, sound])
+        await run(store, lambda db: db.execute("UPDATE batch SET body = x'01' WHERE size > 1").fetchall())
+        clock.advance(1)
+        assert ids(await store.take(10)) == [sound.id]
+        await store.finish([LeaseEnd(a_batch().id, 1)])  # answered after the burial, which nobody waits for
+        found = await store.find_receipts([damaged.id + "0001", damaged.id + "0002", fresh.id + "0002"])
+        assert [receipt and receipt.state for receipt in found] == [State.ACCEPTED, State.BURIED, State.BURIED]
+        assert [receipt and receipt.reason for receipt in found] == [None, UNREADABLE, UNREADABLE]
+        assert [receipt and receipt.updated_at for receipt in found[1:]] == [clock(), clock()]
+        assert store.waiting == 1
+
+
+async def test_batch_whose_outcomes_are_damaged_is_buried_as_well(path: Path, clock: Clock) -> None:
+    async with opened(path, clock) as store:
+        damaged = a_batch(2)
+        await store.put([damaged])
+        await store.take(1)
+        await store.record([outcomes(damaged, [State.ACCEPTED, State.QUEUED], Detail(1, "X", 500))], [])
+        await store.finish([LeaseEnd(damaged.id, 1, clock())])
+        await run(store, lambda db: db.execute("UPDATE outcome SET details = x'c1'").fetchall())
+        with pytest.raises(StoreError, match="outcomes cannot be read"):
+            await store.find_receipts([damaged.id + "0002"])
+        taking = asyncio.create_task(store.take(1))
+        while store.waiting:
+            await store.finish([LeaseEnd(a_batch().id, 1)])
+        found = await store.find_receipts([damaged.id + "0001", damaged.id + "0002"])
+        assert [receipt and receipt.state for receipt in found] == [State.ACCEPTED, State.BURIED]
+    with pytest.raises(StoreError, match="closed"):
+        await taking
+
+
+async def test_damaged_batch_alone_does_not_end_a_take_that_waits(path: Path) -> None:
+    async with opened(path) as store:
+        damaged, sound = a_batch(), a_batch()
+        await store.put([damaged])
+        await run(store, lambda db: db.execute("UPDATE batch SET body = x'01'").fetchall())
+        taking = asyncio.create_task(store.take(10))
+        while store.waiting:
+            await store.finish([LeaseEnd(a_batch().id, 1)])
+        await store.put([sound])
+        assert ids(await taking) == [sound.id]
+
+
+async def test_file_of_a_newer_version_is_refused(path: Path) -> None:
+    async with opened(path) as store:
+        await run(store, lambda db: db.execute("INSERT INTO migration VALUES (7, '0007_x.sql', '', 0)").get)
+    with pytest.raises(StoreError, match="has schema 7, made by a newer heliograph"):
+        await SqliteStore.open(path)
+
+
+async def test_file_made_with_another_schema_of_the_same_number_is_refused(path: Path) -> None:
+    async with opened(path) as store:
+        await run(store, lambda db: db.execute("UPDATE migration SET sha256 = 'x'").get)
+    with pytest.raises(StoreError, match=r"another 0001_start\.sql"):
+        await SqliteStore.open(path)
+
+
+def test_file_of_another_program_is_refused_and_left_alone(path: Path) -> None:
+    path.parent.mkdir()
+    with contextlib.closing(apsw.Connection(str(path))) as db:
+        db.execute("CREATE TABLE theirs (x); PRAGMA user_version = 3").fetchall()
+    before = path.read_bytes()
+    refused(path, "another program")
+    assert path.read_bytes() == before
+
+
+def test_file_that_is_no_database_is_refused(path: Path) -> None:
+    path.parent.mkdir()
+    path.write_bytes(b"not a database at all" * 100)
+    refused(path, "damaged or no SQLite file")
+
+
+def test_migration_is_done_whole_or_not_at_all(path: Path) -> None:
+    path.parent.mkdir()
+    first = Migration(1, "0001_a.sql", "CREATE TABLE a (x); CREATE TABLE b (x);")
+    bad = Migration(2, "0002_c.sql", "CREATE TABLE c (x); CREATE TABLE a (x);")
+    good = Migration(2, "0002_c.sql", "CREATE TABLE c (x); DROP TABLE a;")
+
+    def tables(db: apsw.Connection) -> set[object]:
+        return {name for (name,) in db.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")}
+
+    with contextlib.closing(apsw.Connection(str(path))) as db:
+        with db:
+            sqlite._migrate(db, path, [first])
+        with pytest.raises(apsw.SQLError, match="a already exists"), db:
+            sqlite._migrate(db, path, [first, bad])
+        assert tables(db) == {"migration", "a", "b"}
+        for _ in range(2):
+            with db:
+                sqlite._migrate(db, path, [first, good])
+        assert tables(db) == {"migration", "b", "c"}

@@ -1,0 +1,111 @@
+"""Properties of the stored form of a batch."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from msgspec import structs
+
+from heliograph.errors import StoreError
+from heliograph.model import Batch, Environment, Headers, PushType
+from heliograph.stores.body import pack, unpack
+
+ID = "01890a5d-ac96-774b-bcce-b302099a"
+
+hex_digits = st.text("0123456789abcdef", min_size=1, max_size=200).map(str.encode)
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=64)
+header_sets = st.builds(
+    Headers,
+    topic=texts,
+    push_type=st.sampled_from(PushType),
+    priority=st.none() | st.integers(0, 10),
+    expiration=st.none() | st.integers(0, 2**63 - 1),
+    collapse_id=st.none() | texts,
+    collapse_on_id=st.booleans(),
+)
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> Batch:
+    size = draw(st.integers(1, 12) | st.sampled_from([999, 1000]))
+    # Few distinct entries, repeated: a thousand drawn one by one would be slow and say no more.
+    length = draw(st.none() | st.integers(1, 200))
+    tokens = draw(
+        st.lists(
+            hex_digits
+            if length is None
+            else st.binary(min_size=length, max_size=length).map(lambda b: b.hex().encode()),
+            min_size=1,
+            max_size=min(size, 12),
+        )
+    )
+    payloads = draw(st.lists(st.binary(max_size=300), min_size=1, max_size=min(size, 12)))
+    headers = draw(st.lists(header_sets, min_size=1, max_size=4))
+    return Batch(
+        id=ID,
+        app=draw(texts),
+        environment=draw(st.sampled_from(Environment)),
+        created_at=draw(st.floats(0, 4e9)),
+        headers=tuple(headers),
+        tokens=(tokens * size)[:size],
+        payloads=draw(st.sampled_from([payloads[:1], (payloads * size)[:size]])),
+        headers_of=draw(st.none() | st.just(bytes(range(len(headers))) * size).map(lambda all_of: all_of[:size])),
+    )
+
+
+def restored(batch: Batch, body: bytes) -> Batch:
+    return unpack(batch.id, batch.app, batch.environment, batch.created_at, body)
+
+
+def plain(size: int = 2) -> Batch:
+    return Batch(ID, "shop", Environment.PRODUCTION, 1.7e9, (Headers("com.example.shop"),), [b"00ff"] * size, [b"{}"])
+
+
+@given(batches())
+@example(plain(1))
+@example(structs.replace(plain(1), tokens=[b"abc"]))
+@example(structs.replace(plain(3), tokens=[b"a", b"ab", b"abc" * 2000], payloads=[b"", b"", b""]))
+def test_batch_comes_back_as_it_was_packed(batch: Batch) -> None:
+    assert restored(batch, pack(batch)) == batch
+
+
+def test_tokens_take_half_of_their_digits_and_a_shared_payload_is_stored_once() -> None:
+    batch = structs.replace(plain(1000), tokens=[b"%064x" % number for number in range(1000)], payloads=[b"x" * 4096])
+    assert len(pack(batch)) < 32 * 1000 + 4096 + 200
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        structs.replace(plain(), tokens=[]),
+        structs.replace(plain(), tokens=[b"00"] * 1001),
+        structs.replace(plain(), tokens=[b"no", b"hex"]),
+        structs.replace(plain(3), payloads=[]),
+        structs.replace(plain(3), payloads=[b"{}"] * 2),
+        structs.replace(plain(), headers=()),
+        structs.replace(plain(), headers_of=b"\0"),
+        structs.replace(plain(), headers_of=b"\0\1"),
+    ],
+)
+def test_batch_whose_columns_do_not_fit_is_refused(batch: Batch) -> None:
+    with pytest.raises(ValueError):
+        pack(batch)
+
+
+@given(batches(), st.data())
+def test_damaged_body_gives_a_batch_or_a_store_error(batch: Batch, data: st.DataObject) -> None:
+    body = bytearray(pack(batch))
+    for _ in range(data.draw(st.integers(1, 4))):
+        body[data.draw(st.integers(0, len(body) - 1))] = data.draw(st.integers(0, 255))
+    del body[data.draw(st.integers(0, len(body))) :]
+    with contextlib.suppress(StoreError):
+        restored(batch, bytes(body))
+
+
+@pytest.mark.parametrize("body", [b"", b"\x00", b"\x02" + pack(plain())[1:], b"\x01"])
+def test_body_of_another_form_is_a_store_error_that_names_the_batch(body: bytes) -> None:
+    with pytest.raises(StoreError, match=ID):
+        restored(plain(), body)
