@@ -49,6 +49,7 @@ ROOMS: dict[str, set[str]] = {
     "client": {"payload", "model", *COMMON},
     "django": {"client", *COMMON},
 }
+ROOMS["__main__"] = {"cli"}
 ROOMS["service"] = ROOMS["cli"] = {*ROOMS, "service"}
 
 PURE = {"reasons", "errors", "model", "payload", "policy", "protocols", "batches", "admission"}

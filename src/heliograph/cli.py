@@ -8,14 +8,13 @@ Exit codes of every command: 0 done, 1 it did not work out, 2 something about th
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import shutil
 import sys
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn
 
 import click
 
@@ -32,7 +31,6 @@ CONFIG_FILE = "heliograph.toml"
 
 _TOPIC = "com.example.demo"
 _ALIVE = "a1b2c3d4" * 8
-_DEAD = "deadbeef" * 8
 _BATCH = 1000
 _PATIENCE_S = 20.0
 _PORTS = 20
@@ -48,10 +46,14 @@ def main() -> NoReturn:
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         sys.exit(130)
-    except (HeliographError, ExceptionGroup) as error:
-        cause = _one_of_ours(error)
+    except (HeliographError, BrokenPipeError, ExceptionGroup) as error:
+        cause = _expected(error)
         if cause is None:
             raise
+        if isinstance(cause, BrokenPipeError):
+            # Who read our output had enough of it; Python would complain when it flushes the rest.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
         click.echo(f"{click.style('Error:', fg='red')} {cause}", err=True)
         sys.exit(2 if isinstance(cause, ConfigError) else 1)
     sys.exit(code if isinstance(code, int) else 0)
@@ -60,7 +62,7 @@ def main() -> NoReturn:
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, message="heliograph %(version)s")
 def cli() -> None:
-    """Heliograph sends notifications to Apple devices and tells you what became of each.
+    """Send notifications to Apple devices, and see what became of each.
 
     \b
     Example, with nothing set up and no Apple account:
@@ -136,7 +138,9 @@ async def _serve_simulated(config: Config) -> None:
 )
 @click.option("--exit-after-first", is_flag=True, help="End after the first pushes; exit 1 if one went astray.")
 def demo(port: int, data: Path | None, *, exit_after_first: bool) -> int:
-    """See it work: a server, a simulator of Apple and first pushes. No account needed.
+    """See it work, without an Apple account.
+
+    Starts a server and a simulator of Apple, sends first pushes, and says how to go on.
 
     \b
     Example:
@@ -170,6 +174,8 @@ class _Demo:
         self._port = port
         self._exit_after_first = exit_after_first
         self._journal = folder / "simulator.jsonl"
+        # Another one each time: with --data the server would remember it, and refuse it at the door.
+        self._dead = "deadbeef" * 6 + os.urandom(8).hex()
         self.well = True
         """Everything became what it should."""
 
@@ -181,7 +187,7 @@ class _Demo:
         _make_folder(self._folder)
         async with Simulator(journal=self._journal) as apple:
             apple.add_app(_TOPIC)
-            apple.unregister(_DEAD, since=1_700_000_000_000)
+            apple.unregister(self._dead, since=1_700_000_000_000)
             config = Config(
                 data=str(self._folder),
                 api=ApiSettings(port=self._port),
@@ -202,19 +208,21 @@ class _Demo:
         _say("First pushes: through the HTTP API, a queue on disk and HTTP/2 with TLS")
         whole = {"app": "demo", "title": "Hello", "body": "from the heliograph demo", "wait": 20}
         self._first_id = await self._push(running, "one notification", {**whole, "token": _ALIVE}, "accepted")
-        await self._push(running, "to a device that deleted the app", {**whole, "token": _DEAD}, "rejected")
+        await self._push(running, "to a device that deleted the app", {**whole, "token": self._dead}, "rejected")
         await self._push(running, "5,000 octets of text", {**whole, "token": _ALIVE, "body": "x" * 5000}, "refused")
         await self._push_many(running)
 
     async def _push(self, running: Running, what: str, content: dict[str, Any], expected: str) -> str:
         """Send one and show what became of it. Returns its id."""
-        started = asyncio.get_running_loop().time()
+        import asyncio
+
+        loop = asyncio.get_running_loop()
+        started = loop.time()
         reply = await asyncio.to_thread(_call, running.url, running.key, "POST", _PATH, content)
-        took_ms = (asyncio.get_running_loop().time() - started) * 1000
+        took_ms = (loop.time() - started) * 1000
         body = reply.body
         state = body.get("state", "refused")
-        said = body.get("reason") or body.get("code")
-        reason = "" if said is None else f"{said} ({body.get('status')})"
+        reason = f"{body['reason']} ({body['status']})" if body.get("reason") else str(body.get("code", ""))
         self._show(what, state, reason, took_ms, well=state == expected)
         notification_id = str(body.get("id", ""))
         if notification_id:
@@ -224,6 +232,8 @@ class _Demo:
         return notification_id
 
     async def _push_many(self, running: Running) -> None:
+        import asyncio
+
         from heliograph.model import State
 
         loop = asyncio.get_running_loop()
@@ -273,7 +283,8 @@ def _say_next_steps(running: Running, first_id: str, journal: Path) -> None:
     say("")
     say(f"curl -sS '{running.url}{_PATH}?wait=5' \\")
     say(f"  -H 'Authorization: Bearer {running.key}' \\")
-    say(f'  -d \'{{"token": "{_ALIVE}", "title": "Hello"}}\'')
+    say("""  -d '{"title": "Hello",""")
+    say(f"""       "token": "{_ALIVE}"}}'""")
     say("")
     say("See what became of one; this id is that of the first push above:")
     say("")
@@ -336,7 +347,9 @@ def send(
     as_json: bool,
     **fields: Any,
 ) -> int:
-    """Send one notification through a running server and print what became of it, in one line.
+    """Send one notification, see what became of it.
+
+    It goes through a running server; its outcome is printed in one line.
 
     \b
     Examples:
@@ -355,7 +368,7 @@ def send(
     body = json.dumps({**content, "token": token[0], "wait": wait}).encode()
     if fields["payload"] is not None:
         # As it stands: the server passes a payload on octet by octet.
-        body = body[:-1] + b', "payload": ' + (fields["payload"].read().strip() or b"null") + b"}"
+        body = body[:-1] + b', "payload": ' + _read_payload(fields["payload"]) + b"}"
     try:
         reply = _call(url, _find_key(key_file, settings), "POST", _PATH, body)
     except _UnreachableError as error:
@@ -366,6 +379,15 @@ def send(
     else:
         _say_outcome(reply)
     return _exit_code(reply)
+
+
+def _read_payload(file: BinaryIO) -> bytes:
+    payload = file.read()
+    try:
+        json.loads(payload)
+    except ValueError as error:
+        raise click.BadParameter(f"{file.name} is not JSON: {error}.", param_hint="--payload") from None
+    return payload
 
 
 def _say_outcome(reply: _Reply) -> None:
@@ -393,16 +415,19 @@ def _find_key(key_file: Path | None, settings: Config) -> str:
 
     if key_file is None and os.environ.get("HELIOGRAPH_KEY"):
         return os.environ["HELIOGRAPH_KEY"]
+    made = Path(settings.data) / "api-key"
     if key_file is not None:
         reference, setting = f"file:{key_file}", "--key-file"
     elif settings.api.key is not None:
         reference, setting = settings.api.key, "api.key"
+    elif made.exists():
+        reference, setting = f"file:{made}", "The API key"
     else:
-        reference, setting = f"file:{Path(settings.data) / 'api-key'}", "The API key"
-    try:
-        return read_secret(reference, setting).decode("ascii", "replace").strip()
-    except ConfigError as error:
-        raise ConfigError(f"{error} (or name it with --key-file or $HELIOGRAPH_KEY)") from None
+        raise ConfigError(
+            f"There is no API key at {made}: name the server's configuration with --config or its data folder with "
+            "$HELIOGRAPH_DATA, or the key with --key-file or $HELIOGRAPH_KEY"
+        )
+    return read_secret(reference, setting).decode("ascii", "replace").strip()
 
 
 # -- simulate --------------------------------------------------------------------------------------------------------
@@ -420,9 +445,10 @@ def _find_key(key_file: Path | None, settings: Config) -> str:
 )
 @click.option("--journal", type=click.Path(path_type=Path, dir_okay=False), help="Write each request there, as JSON.")
 def simulate(host: str, port: int, folder: Path, journal: Path | None) -> None:
-    """Run a simulator of Apple's service, for clients in any language, until Ctrl-C.
+    """Run a simulator of Apple's service.
 
-    It takes every device token and topic, if the provider token is made with its signing key.
+    It is for clients in any language, and runs until Ctrl-C. It takes every device token and topic, if the provider
+    token is made with its signing key.
 
     \b
     Example:
@@ -432,6 +458,8 @@ def simulate(host: str, port: int, folder: Path, journal: Path | None) -> None:
 
 
 async def _simulate(host: str, port: int, folder: Path, journal: Path | None) -> None:
+    import asyncio
+
     from heliograph.simulator import server
 
     listens = asyncio.Event()
@@ -482,12 +510,11 @@ def _say_how_to_connect(port: int, folder: Path) -> None:
 _PATH = "/v1/notifications"
 
 
-class _Reply:
+class _Reply(NamedTuple):
     """The server's answer."""
 
-    def __init__(self, status: int, body: dict[str, Any]) -> None:
-        self.status = status
-        self.body = body
+    status: int
+    body: dict[str, Any]
 
 
 class _UnreachableError(Exception):
@@ -536,6 +563,8 @@ def _load(config: Path | None) -> Config:
 
 
 def _run(main: Coroutine[Any, Any, None]) -> None:
+    import asyncio
+
     from heliograph.service import new_event_loop
 
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
@@ -595,14 +624,12 @@ def _program() -> str:
     return str(here.relative_to(Path.cwd())) if here.is_relative_to(Path.cwd()) else str(here)
 
 
-def _one_of_ours(error: BaseException) -> HeliographError | None:
-    """The error of ours in it, where all that is in it is ours."""
-    if isinstance(error, HeliographError):
-        return error
+def _expected(error: BaseException) -> HeliographError | BrokenPipeError | None:
+    """The first error in it, where people can do something about all that is in it."""
     if isinstance(error, BaseExceptionGroup):
-        found = [_one_of_ours(each) for each in error.exceptions]
+        found = [_expected(each) for each in error.exceptions]
         return None if None in found else found[0]
-    return None
+    return error if isinstance(error, HeliographError | BrokenPipeError) else None
 
 
 def _wrapped(text: str) -> list[str]:

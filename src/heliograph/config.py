@@ -167,15 +167,6 @@ def secret_path(reference: str, setting: str) -> Path:
     return Path(folder) / rest
 
 
-def suggestion(name: str, known: Iterable[str]) -> str:
-    """Half a sentence that names the closest of the known names, or all of them where none is close."""
-    from difflib import get_close_matches
-
-    names = list(known)
-    close = get_close_matches(name.lower(), names, n=1)
-    return f"did you mean {close[0]}?" if close else f"known here are {', '.join(names)}"
-
-
 class _Reader:
     """Turns a tree of plain values into structs, and knows where each value came from."""
 
@@ -201,7 +192,9 @@ class _Reader:
         hints = get_type_hints(type_, include_extras=True)
         for name in tree:
             if name not in hints:
-                raise ConfigError(f"{self._where((*path, name))} is not a setting: {suggestion(name, list(hints))}")
+                raise ConfigError(
+                    f"{self._where((*path, name))} is not a setting: {self._suggestion(hints, path, name)}"
+                )
         values = {name: self._value(hints[name], value, (*path, name)) for name, value in tree.items()}
         for field in msgspec.structs.fields(type_):
             if field.required and field.name not in values:
@@ -225,7 +218,9 @@ class _Reader:
         try:
             return msgspec.convert(value, type_, strict=not from_variable)
         except msgspec.ValidationError as error:
-            raise ConfigError(f"{self._where(path)} does not fit: {_plain(str(error))}") from None
+            is_choice = isinstance(type_, type) and issubclass(type_, StrEnum)
+            wanted = f"write one of {', '.join(type_)}" if is_choice else _plain(str(error))
+            raise ConfigError(f"{self._where(path)} does not fit: {wanted}") from None
 
     def _app_name(self, name: str, path: tuple[str, ...]) -> str:
         if not _is_app_name(name):
@@ -235,22 +230,36 @@ class _Reader:
             )
         return name
 
+    def _suggestion(self, known: Iterable[str], path: tuple[str, ...], name: str) -> str:
+        """Half a sentence that names the closest of the known settings, or all of them where none is close."""
+        from difflib import get_close_matches
+
+        names = list(known)
+        close = get_close_matches(name.lower(), names, n=1)
+        if (*path, name) in self._variables:
+            names, close = ([PREFIX + "__".join((*path, each)).upper() for each in some] for some in (names, close))
+        return f"did you mean {close[0]}?" if close else f"known here are {', '.join(names)}"
+
     def _where(self, path: tuple[str, ...]) -> str:
         """How people find this setting again."""
         variable = self._variables.get(path)
         return variable or f"{self._source}: {'.'.join(path)}"
 
 
+_TOML_NAMES = {
+    "int": "a whole number",
+    "float": "a number with a fraction",
+    "str": "text in quotes",
+    "str | null": "text in quotes",
+    "bool": "true or false",
+    "array": "a list",
+    "object": "a table",
+}
+
+
 def _plain(text: str) -> str:
     """The words of msgspec for someone who writes TOML."""
-    text = text.partition(" - at `$")[0]
-    for ours, theirs in (
-        ("`int`", "a whole number"),
-        ("`str`", "text"),
-        ("`array`", "a list"),
-        ("`str | null`", "text"),
-    ):
-        text = text.replace(ours, theirs)
+    text = re.sub("`([^`]*)`", lambda name: _TOML_NAMES.get(name[1], name[1]), text)
     return text[:1].lower() + text[1:]
 
 

@@ -6,7 +6,6 @@ Sources: Apple, "Generating a remote notification" (keys and sizes), "Pushing ba
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from enum import StrEnum
@@ -49,9 +48,8 @@ def limit(push_type: PushType) -> int:
 def check(payload: bytes, push_type: PushType) -> None:
     """Refuse what Apple, or every device, would refuse.
 
-    That is: nothing at all, too much, what is no JSON object in UTF-8 (RFC 8259) or has a name twice in one object,
-    an `aps` that is no object, and what a background, Live Activity or MDM push cannot work without. Priorities are
-    headers, and are checked with them.
+    That is: nothing at all, too much, what is no JSON object in UTF-8 (RFC 8259), an `aps` that is no object, and what
+    a background, Live Activity or MDM push cannot work without. Priorities are headers, and are checked with them.
 
     Raises Refused, and nothing else whatever the bytes are: PayloadEmpty, PayloadTooLarge or BadRequestPayload.
     """
@@ -160,9 +158,6 @@ def _refuse(field: str, what: str) -> NoReturn:
 def _parse(payload: bytes) -> dict[str, Any]:
     try:
         content = _decode(payload)
-        # What comes out as it went in has no name twice; that is the cheap proof, and fits most payloads.
-        if _encode(content) != payload:
-            _names_once.decode(payload.decode())
     except UnicodeDecodeError:
         _refuse("payload", "is not UTF-8")
     except msgspec.DecodeError as error:
@@ -180,19 +175,6 @@ def _parse(payload: bytes) -> dict[str, Any]:
     ):
         _refuse("payload", "is nested too deeply")
     return content
-
-
-def _once(pairs: list[tuple[str, Any]]) -> None:
-    if len(dict(pairs)) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise Refused(
-            reasons.BAD_REQUEST_PAYLOAD.word, "A name is there twice in one JSON object: keep one.", field=twice
-        )
-
-
-# Numbers are not wanted here, and Python bounds the digits of the whole ones.
-_names_once = json.JSONDecoder(object_pairs_hook=_once, parse_int=str, parse_float=str)
 
 
 def _depth(value: Any) -> int:

@@ -74,7 +74,7 @@ class _Progress:
         if outcomes is not None and _LITTLE:
             self.times.byteswap()
         self.details: dict[int, Detail] = {} if outcomes is None else {each.index: each for each in outcomes.details}
-        self.removals: list[Removal] = []
+        self.removals: set[Removal] = set()
         self.open = 0
         """Notifications with the carrier."""
         self.due_at: float | None = None
@@ -322,7 +322,7 @@ class Relay:
             if isinstance(decision, policy.End):
                 progress.set_state((index,), decision.state, now)
                 if decision.removed_since is not None:
-                    progress.removals.append(_removal(progress.batch, index, decision.removed_since))
+                    progress.removals.add(_removal(progress.batch, index, decision.removed_since))
             elif decision.at <= now and index not in progress.retried:
                 progress.retried.add(index)
                 detail = replace(detail, attempts=attempts + decision.counted)
@@ -351,14 +351,20 @@ class Relay:
     async def _settle_once(self) -> None:
         self._news.clear()
         dirty, self._dirty = self._dirty, {}
+        try:
+            await self._settle_these(dirty)
+        except BaseException:  # cancelled, or the store failed: it stays to be done, and may be done twice
+            self._dirty = {**dirty, **self._dirty}
+            raise
+
+    async def _settle_these(self, dirty: dict[str, _Progress]) -> None:
         if not dirty:
             return
         ends = [LeaseEnd(each.batch.id, each.attempt, _again_at(each)) for each in dirty.values() if not each.open]
-        removals: list[Removal] = []
+        removals = {removal for each in dirty.values() for removal in each.removals}
+        await self._store.record([each.outcomes() for each in dirty.values()], tuple(removals))
         for each in dirty.values():
-            removals += each.removals
-            each.removals = []
-        await self._store.record([each.outcomes() for each in dirty.values()], removals)
+            each.removals -= removals
         for batch_id in dirty:
             for changed in self._waiters.get(batch_id, ()):
                 changed.set()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import secrets
@@ -67,6 +68,9 @@ class Running(Struct, frozen=True):
         return f"<server at {self.url}>"
 
 
+_SWITCH_S = 0.0005
+
+
 def new_event_loop() -> asyncio.AbstractEventLoop:
     """That of uvloop where it can be imported, else asyncio's own."""
     try:
@@ -114,6 +118,9 @@ async def run(config: Config, *, started: Callable[[Running], Awaitable[None]] |
 
     Raises ConfigError, StoreError, and an ExceptionGroup where something failed later on.
     """
+    # A loop that is never idle keeps the interpreter's lock for a whole switch interval whenever the store's thread asks
+    # for it, which it does with each call of SQLite. With CPython's 5 ms, single commits could take seconds.
+    sys.setswitchinterval(_SWITCH_S)
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     signals = (signal.SIGTERM, signal.SIGINT)
@@ -163,6 +170,10 @@ async def serving(config: Config, stop: asyncio.Event | None = None) -> AsyncIte
                 await server.ready.wait()
                 url = _url(listening)
                 _log.info("started", url=url, data=str(data), apps=sorted(apps))
+                if not apps:
+                    _log.warning(
+                        "no apps", hint="every notification is refused: add an [apps.NAME] to the configuration"
+                    )
                 try:
                     yield Running(url, key.decode(), relay, stop or asyncio.Event())
                 finally:
@@ -192,7 +203,7 @@ def load_api_key(config: Config) -> bytes:
         return _checked_key(read_secret(config.api.key, "api.key"), "api.key")
     path = Path(config.data) / KEY_FILE
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
         return _checked_key(read_secret(f"file:{path}", "api-key"), f"The API key in {path}")
@@ -239,11 +250,12 @@ def _listen(settings: ApiSettings) -> socket.socket:
     try:
         return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
     except OSError as error:
-        why = os.strerror(error.errno).lower() if error.errno and error.errno > 0 else error.strerror
-        raise ConfigError(
-            f"The API cannot listen on {settings.host}:{settings.port} ({why}): stop what uses that port, or set "
-            "another port or host in [api]"
-        ) from None
+        where = f"{settings.host}:{settings.port}"
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(f"The port of the API, {where}, is taken: stop what uses it, or set api.port") from None
+        if error.errno == errno.EACCES:
+            raise ConfigError(f"The port of the API, {where}, is not for us: set api.port above 1023") from None
+        raise ConfigError(f"The API cannot listen on {where}: set api.host to an address of this machine") from None
 
 
 def _url(listening: socket.socket) -> str:

@@ -109,20 +109,6 @@ def test_nesting_beyond_the_interpreters_stack_is_refused() -> None:
     assert refused(b"[" * 4096).reason == "BadRequestPayload"
 
 
-@pytest.mark.parametrize(
-    "payload,field",
-    [
-        (b'{"aps":{},"aps":{}}', "aps"),
-        (b'{"aps":{},"\\u0061ps":{}}', "aps"),
-        (b'{"aps":{"badge":1,"badge":2}}', "badge"),
-        (b'{"own":[{"x":1, "x":1}]}', "x"),
-    ],
-)
-def test_name_given_twice_in_one_object_is_refused_and_named(payload: bytes, field: str) -> None:
-    error = refused(payload)
-    assert (error.reason, error.field) == ("BadRequestPayload", field)
-
-
 @pytest.mark.parametrize("content", [None, [], "Hello", 1, True])
 def test_aps_that_is_no_object_is_refused(content: Any) -> None:
     error = refused(aps(content))
@@ -172,7 +158,7 @@ def test_mdm_push_holds_mdm_alone() -> None:
 
 
 def test_refusal_never_quotes_the_payload() -> None:
-    for payload in (b'{"aps":"canary', b'{"a":"canary\xff"}', b'{"aps":"canary"}', b'{"canary":1,"canary":2}'):
+    for payload in (b'{"aps":"canary', b'{"a":"canary\xff"}', b'{"aps":"canary"}'):
         error = refused(payload)
         assert "canary" not in error.detail
         assert error.__context__ is None or error.__suppress_context__
@@ -205,14 +191,7 @@ def test_anything_like_json_is_taken_or_refused_as_the_standard_library_would(
         check(payload, push_type)
     except Refused:
         return
-    seen_twice = []
-
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        seen_twice.append(len(dict(items)) != len(items))
-        return dict(items)
-
-    assert isinstance(json.loads(payload, object_pairs_hook=pairs), dict)
-    assert not any(seen_twice)
+    assert isinstance(json.loads(payload), dict)
 
 
 def test_build_writes_apples_names_and_leaves_out_what_was_not_given() -> None:
@@ -267,7 +246,6 @@ def itself() -> dict[str, Any]:
         ({"data": {"aps": {}}}, "data.aps"),
         ({"data": {"x": [1.0, float("nan")]}}, "data"),
         ({"data": {"x": float("inf")}}, "data"),
-        ({"data": {"x": {1: 1, "1": 2}}}, "1"),
         ({"data": {"x": object()}}, "payload"),
         ({"data": {"x": {(1, 2): 3}}}, "payload"),
         ({"data": itself()}, "payload"),

@@ -185,6 +185,7 @@ class Api:
         self._only_app = next(iter(apps)) if len(apps) == 1 else None
         self._key = key
         self._waits: set[asyncio.Timeout] = set()
+        self._hurrying = False
         self.routes = [
             Route(PATH, _Endpoint({"POST": self._post}, self._key)),
             Route(PATH + "/{id}", _Endpoint({"GET": self._get, "HEAD": self._get}, self._key)),
@@ -192,9 +193,11 @@ class Api:
 
     def hurry(self) -> None:
         """Answer those who wait for an outcome with what is known: the server is stopping."""
+        self._hurrying = True
         now = asyncio.get_running_loop().time()
         for wait in self._waits:
-            wait.reschedule(now)
+            if (wait.when() or now) > now:  # one that ran out already can no longer be moved
+                wait.reschedule(now)
 
     async def _post(self, scope: Scope, receive: Receive) -> _Answer:
         post = _parse(await _body(scope, receive))
@@ -219,13 +222,17 @@ class Api:
         return _Answer(202 if receipt.state is State.QUEUED else 200, _receipt_body(receipt), headers)
 
     async def _outcome(self, notification_id: str, wait_s: float) -> Receipt | None:
-        wait = asyncio.timeout(wait_s)
+        """The receipt as it is after the wait. None where it cannot be read: what was taken is taken all the same."""
+        wait = asyncio.timeout(0 if self._hurrying else wait_s)
         self._waits.add(wait)
         try:
-            async with wait:
-                return await self._relay.receipt(notification_id, wait_s)
-        except TimeoutError:
-            return (await self._relay.receipts([notification_id]))[0]
+            try:
+                async with wait:
+                    return await self._relay.receipt(notification_id, wait_s)
+            except TimeoutError:
+                return (await self._relay.receipts([notification_id]))[0]
+        except StoreError:
+            return None
         finally:
             self._waits.discard(wait)
 

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import cast
 
+import structlog
 from msgspec import Struct
 
 from heliograph.carriers.apns.connection import Connection
@@ -24,6 +25,8 @@ from heliograph.net import http2
 from heliograph.ports import Report
 from heliograph.protocols import apns
 from heliograph.protocols.http2 import ClientConnection, Requests, Template
+
+_log = structlog.get_logger("heliograph.apns")
 
 _INDEX_BITS = 16
 _SUFFIXES = [b"%04x" % place for place in range(1, MAX_BATCH + 1)]
@@ -307,9 +310,12 @@ class Pool:
         except (OSError, TimeoutError) as error:
             self._failures += 1
             self.trouble = f"cannot connect to {endpoint.host}:{endpoint.port}: {str(error) or type(error).__name__}"
+            _log.warning("apns_connect_failed", why=self.trouble, failures=self._failures, waiting=self.waiting)
             self._connecting = None
             self._pump_soon()
             return
+        if self._failures:
+            _log.info("apns_connected", host=endpoint.host, port=endpoint.port, failures=self._failures)
         self._connecting = None
         self._failures = 0
         self.trouble = None
@@ -321,6 +327,8 @@ class Pool:
 
     def lost(self, connection: Connection) -> None:
         """A connection's socket is gone; what was open on it has been settled."""
+        if not self._closing:
+            _log.info("apns_connection_ended", host=self._endpoint.host, why=connection.goodbye)
         if connection in self._connections:
             self._connections.remove(connection)
         self._pump_soon()

@@ -1,0 +1,367 @@
+"""The command line as people use it: the real program, real signals, the curl lines that it prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from heliograph import __version__
+from heliograph.cli import cli
+from tests.programs import need
+
+PATIENCE_S = 30
+ALIVE = "a1b2c3d4" * 8
+PROGRAM = [sys.executable, "-m", "heliograph"]
+
+
+def environment(folder: Path, **more: str) -> dict[str, str]:
+    """Nothing of ours but what is named; data in the folder."""
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("HELIOGRAPH_")}
+    return {**plain, "HELIOGRAPH_DATA": str(folder / "data"), **more}
+
+
+def run(folder: Path, *arguments: str, text: str = "", **more: str) -> subprocess.CompletedProcess[str]:
+    """The program to its end; `text` is what it reads on stdin."""
+    return subprocess.run(
+        [*PROGRAM, *arguments],
+        cwd=folder,
+        env=environment(folder, **more),
+        input=text,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+
+
+class Started:
+    """The program, running. What it prints is read from a file, so that it never waits for a reader."""
+
+    def __init__(self, process: subprocess.Popen[bytes], output: Path) -> None:
+        self.process = process
+        self._output = output
+
+    def said(self) -> str:
+        return self._output.read_text()
+
+    def wait_for(self, words: str) -> str:
+        """All that was printed until these words were."""
+        while words not in self.said():
+            try:
+                self.process.wait(0.02)
+            except subprocess.TimeoutExpired:
+                continue
+            if words not in self.said():
+                raise AssertionError(f"ended with {self.process.returncode} without {words!r}:\n{self.said()}")
+        return self.said()
+
+    def stop(self, how: signal.Signals) -> int:
+        self.process.send_signal(how)
+        return self.process.wait(PATIENCE_S)
+
+
+@contextmanager
+def start(folder: Path, *arguments: str, **more: str) -> Iterator[Started]:
+    output = folder / f"{arguments[0]}.out"
+    with output.open("wb") as file:
+        process = subprocess.Popen(
+            [*PROGRAM, *arguments],
+            cwd=folder,
+            env=environment(folder, PYTHONUNBUFFERED="1", **more),
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        yield Started(process, output)
+    finally:
+        process.kill()
+        process.wait(PATIENCE_S)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """A server with the simulator behind it; the environment in which `send` finds it."""
+    with start(tmp_path, "serve", "--simulator", HELIOGRAPH_API__PORT="0") as started:
+        found = re.search(r"url=(\S+)", started.wait_for("url="))
+        assert found is not None
+        yield {"HELIOGRAPH_URL": found[1]}
+        assert started.stop(signal.SIGTERM) == 0
+        assert "stopped" in started.said()
+        assert "Traceback" not in started.said()
+
+
+def pasted(said: str, number: int) -> str:
+    """The curl command with this number, as a person would mark and copy it."""
+    return str(re.findall(r"^curl (?:.*\\\n)*.*(?:\n {7}\S.*)*$", said, re.MULTILINE)[number])
+
+
+def paste(command: str, folder: Path) -> str:
+    return subprocess.run(
+        ["/bin/sh", "-c", command], cwd=folder, capture_output=True, text=True, timeout=PATIENCE_S, check=True
+    ).stdout
+
+
+# -- help ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in cli.commands)])
+def test_help_shows_an_example_and_fits_the_screen(command: list[str]) -> None:
+    said = CliRunner().invoke(cli, [*command, "--help"]).output
+    assert re.search(r"Example.*:\n    ?(HELIOGRAPH_\S+ )?heliograph ", said)
+    assert max(map(len, said.splitlines())) <= 100
+
+
+def test_no_option_takes_a_secret() -> None:
+    options = [option for command in cli.commands.values() for param in command.params for option in param.opts]
+    assert not {"--key", "--token", "--password", "--secret"} & set(options)
+
+
+def test_both_names_of_the_program_work(tmp_path: Path) -> None:
+    installed = Path(sys.executable).with_name("heliograph")
+    for program in ([str(installed)], PROGRAM):
+        said = subprocess.run([*program, "--version"], capture_output=True, text=True, check=True).stdout
+        assert said == f"heliograph {__version__}\n"
+
+
+# -- demo ------------------------------------------------------------------------------------------------------------
+
+
+def test_demo_shows_what_became_of_each_first_push(tmp_path: Path) -> None:
+    done = run(tmp_path, "demo", "--exit-after-first", "--port", str(unused_port()))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    for words in (
+        r"one notification +accepted +\d+ ms",
+        r"deleted the app +rejected +Unregistered \(410\) +\d+ ms",
+        r"octets of text +refused +PayloadTooLarge +\d+ ms",
+        r"1,000 tokens +accepted +\d+ ms",
+        r"1000 of 1000 accepted",
+        r"Apple took it. Whether it reached the device, nobody is told.",
+    ):
+        assert re.search(words, done.stdout), done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 100
+    folder = re.search(r"data +(\S+)", done.stdout)
+    assert folder is not None
+    assert f"{folder[1]} is deleted" in done.stdout
+    assert not Path(folder[1]).exists()
+
+
+@pytest.mark.peer("curl")
+def test_demo_prints_curl_lines_that_work_as_pasted_and_ends_on_ctrl_c(tmp_path: Path) -> None:
+    with start(tmp_path, "demo", "--data", "kept", "--port", str(unused_port())) as demo:
+        said = demo.wait_for("Ctrl-C ends the demo.")
+        receipt = json.loads(paste(pasted(said, 0), tmp_path))
+        assert receipt["state"] == "accepted"
+        assert json.loads(paste(pasted(said, 1), tmp_path))["state"] == "accepted"
+        journal = re.search(r"tail -f (\S+)", said)
+        assert journal is not None
+        assert receipt["id"] in Path(journal[1]).read_text()
+        assert demo.stop(signal.SIGINT) == 0
+        assert demo.said().endswith("Stopped.\n")
+        assert "Traceback" not in demo.said()
+    assert stat.S_IMODE((tmp_path / "kept" / "api-key").stat().st_mode) == 0o600
+
+
+def test_demo_takes_the_next_port_where_one_is_taken(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = run(tmp_path, "demo", "--exit-after-first", "--port", str(port))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"Port {port} is taken, so the API listens on ")
+
+
+def test_demo_runs_again_on_the_data_of_the_last_time(tmp_path: Path) -> None:
+    for _ in range(2):
+        done = run(tmp_path, "demo", "--exit-after-first", "--data", "kept", "--port", str(unused_port()))
+        assert done.returncode == 0, done.stdout
+        assert done.stdout.endswith("\nStopped.\n")
+
+
+def unused_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return int(taken.getsockname()[1])
+
+
+# -- serve and send --------------------------------------------------------------------------------------------------
+
+
+def test_send_says_in_one_line_what_became_of_it(tmp_path: Path, server: dict[str, str]) -> None:
+    done = run(tmp_path, "send", "--title", "Tea", "--body", "is ready", ALIVE, **server)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"accepted  [0-9a-f-]{36}  Apple took it\..*\n", done.stdout)
+
+
+def test_send_takes_a_whole_payload_and_prints_json(tmp_path: Path, server: dict[str, str]) -> None:
+    done = run(tmp_path, "send", "--payload", "-", "--json", ALIVE, text='{"aps": {"badge": 1}}', **server)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["state"] == "accepted"
+    (tmp_path / "push.json").write_text('{"aps": {"badge": 1}')
+    done = run(tmp_path, "send", "--payload", "push.json", ALIVE, **server)
+    assert done.returncode == 2
+    assert "push.json is not JSON" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, code, words",
+    [
+        (["--title", "x", "a1b2 c3d4"], 1, "refused  BadDeviceToken: The device token holds blanks"),
+        (["--title", "x", "a1b2", "c3d4"], 2, "one device token: if yours has blanks in it, remove them"),
+        ([ALIVE], 1, "refused  PayloadEmpty: There is nothing to send"),
+        (["--title", "x", "--app", "shop", ALIVE], 1, "refused  UnknownApp: There is no app 'shop'"),
+        (["--title", "x", "--url", "http://127.0.0.1:1", ALIVE], 3, "There is no answer from http://127.0.0.1:1"),
+        (["--title", "x", "--url", "127.0.0.1:8080", ALIVE], 2, "must be like http://127.0.0.1:8080"),
+        (["--title", "x", "--wait", "99", ALIVE], 2, "Invalid value for '--wait'"),
+    ],
+)
+def test_send_says_what_to_change_and_its_exit_code_tells(
+    tmp_path: Path, server: dict[str, str], arguments: list[str], code: int, words: str
+) -> None:
+    done = run(tmp_path, "send", *arguments, **server)
+    assert done.returncode == code
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_send_finds_its_key_in_a_file_a_variable_or_the_data_folder(tmp_path: Path, server: dict[str, str]) -> None:
+    key = tmp_path / "data" / "api-key"
+    own = {**server, "HELIOGRAPH_DATA": str(tmp_path / "elsewhere")}
+    assert run(tmp_path, "send", "--title", "x", ALIVE, **own, HELIOGRAPH_KEY=key.read_text().strip()).returncode == 0
+    assert run(tmp_path, "send", "--title", "x", "--key-file", str(key), ALIVE, **own).returncode == 0
+    lost = run(tmp_path, "send", "--title", "x", ALIVE, **own)
+    assert lost.returncode == 2
+    assert "There is no API key at" in lost.stderr
+    wrong = run(tmp_path, "send", "--title", "x", ALIVE, **own, HELIOGRAPH_KEY="hg_wrong")
+    assert wrong.returncode == 2
+    assert "The API key is not the one of this server" in wrong.stderr
+
+
+def test_send_says_when_the_outcome_is_still_to_come(tmp_path: Path) -> None:
+    with start(tmp_path, "simulate", "--port", "0", "--folder", "apple") as simulate:
+        said = simulate.wait_for("Ctrl-C ends it.")
+        table = said[said.index("[apps.demo]") : said.index("Ctrl-C")]
+        simulate.stop(signal.SIGINT)
+    (tmp_path / "heliograph.toml").write_text(f"[api]\nport = 0\n{table}")
+    with start(tmp_path, "serve") as serve:
+        url = re.search(r"url=(\S+)", serve.wait_for("url="))
+        assert url is not None
+        done = run(tmp_path, "send", "--title", "x", "--wait", "0.1", ALIVE, HELIOGRAPH_URL=url[1])
+        assert done.returncode == 4
+        assert done.stdout.startswith("queued")
+
+
+def test_send_tells_a_stranger_from_heliograph(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+        process = subprocess.Popen(
+            [*PROGRAM, "send", "--title", "x", "--url", f"http://127.0.0.1:{stranger.getsockname()[1]}", ALIVE],
+            cwd=tmp_path,
+            env=environment(tmp_path, HELIOGRAPH_KEY="hg_x"),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        connection, _ = stranger.accept()
+        with connection:
+            connection.recv(65_536)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nOK")
+            _, said = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 3
+    assert "is not heliograph" in said
+
+
+def test_serve_reads_the_configuration_of_the_current_folder(tmp_path: Path) -> None:
+    (tmp_path / "heliograph.toml").write_text("[api]\nport = 0\nprot = 1\n")
+    done = run(tmp_path, "serve")
+    assert done.returncode == 2
+    assert done.stderr == "Error: heliograph.toml: api.prot is not a setting: did you mean port?\n"
+
+
+def test_serve_on_a_taken_port_says_so(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = run(tmp_path, "serve", HELIOGRAPH_API__PORT=str(port))
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"Error: The port of the API, 127.0.0.1:{port}, is taken: stop what uses it, or set api.port\n"
+    )
+
+
+def test_serve_with_a_wrong_key_file_says_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / "heliograph.toml").write_text(
+        '[apps.shop]\ntopic = "com.example.shop"\nkey = "AuthKey_ABC123DEFG.p8"\nteam_id = "DEF123GHIJ"\n'
+    )
+    key = tmp_path / "AuthKey_ABC123DEFG.p8"
+    key.write_text("-----BEGIN CERTIFICATE-----\n")
+    key.chmod(0o644)
+    done = run(tmp_path, "serve")
+    assert done.returncode == 2
+    assert f"run chmod 600 {key}" in done.stderr
+    key.chmod(0o600)
+    done = run(tmp_path, "serve")
+    assert done.returncode == 2
+    assert "The signing key is a certificate" in done.stderr
+
+
+def test_serve_twice_on_one_data_folder_is_refused(tmp_path: Path, server: dict[str, str]) -> None:
+    done = run(tmp_path, "serve", HELIOGRAPH_API__PORT="0")
+    assert done.returncode == 1
+    assert "in use" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_logs_are_json_where_asked_for_and_tell_no_secret(tmp_path: Path) -> None:
+    with start(tmp_path, "serve", "--simulator", "--log-format", "json", HELIOGRAPH_API__PORT="0") as serve:
+        first = json.loads(serve.wait_for("\n").splitlines()[0])
+        assert (first["event"], first["level"], first["apps"]) == ("started", "info", ["demo"])
+        assert run(tmp_path, "send", "--title", "x", ALIVE, HELIOGRAPH_URL=first["url"]).returncode == 0
+        assert serve.stop(signal.SIGINT) == 0
+        said = serve.said()
+    assert [json.loads(line)["event"] for line in said.splitlines()] == ["started", "stopping", "stopped"]
+    assert ALIVE not in said
+    assert (tmp_path / "data" / "api-key").read_text().strip() not in said
+
+
+# -- simulate --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.peer("curl")
+def test_simulate_prints_a_curl_line_that_works_as_pasted(tmp_path: Path) -> None:
+    if "HTTP2" not in subprocess.run([need("curl"), "--version"], capture_output=True, text=True, check=True).stdout:
+        pytest.skip("this curl speaks no HTTP/2")
+    with start(tmp_path, "simulate", "--port", "0", "--folder", "apple", "--journal", "journal") as simulate:
+        said = simulate.wait_for("Ctrl-C ends it.")
+        assert paste(pasted(said, 0), tmp_path).startswith("HTTP/2 200")
+        assert json.loads((tmp_path / "journal").read_text())["token"] == ALIVE
+        assert simulate.stop(signal.SIGINT) == 130
+        assert "Traceback" not in simulate.said()
+    assert stat.S_IMODE((tmp_path / "apple" / "AuthKey_HELIOGRAPH.p8").stat().st_mode) == 0o600
+
+
+def test_simulate_and_serve_work_together_as_the_printed_configuration_says(tmp_path: Path) -> None:
+    with start(tmp_path, "simulate", "--port", "0", "--folder", "apple") as simulate:
+        said = simulate.wait_for("Ctrl-C ends it.")
+        table = said[said.index("[apps.demo]") : said.index("Ctrl-C")]
+        (tmp_path / "heliograph.toml").write_text(f"[api]\nport = 0\n{table}")
+        with start(tmp_path, "serve") as serve:
+            url = re.search(r"url=(\S+)", serve.wait_for("url="))
+            assert url is not None
+            assert run(tmp_path, "send", "--title", "x", ALIVE, HELIOGRAPH_URL=url[1]).returncode == 0
+
+
+def test_simulate_on_a_taken_port_says_so(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        done = run(tmp_path, "simulate", "--port", str(taken.getsockname()[1]))
+    assert done.returncode == 2
+    assert "name another port" in done.stderr
+    assert "Traceback" not in done.stderr

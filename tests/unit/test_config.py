@@ -1,0 +1,204 @@
+"""The configuration: TOML, variables, what is refused and in which words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from heliograph.config import Config, Environments, load, read_secret
+from heliograph.errors import ConfigError
+from heliograph.model import Environment
+
+SHOP = """
+[apps.shop]
+topic = "com.example.shop"
+key = "AuthKey_ABC123DEFG.p8"
+team_id = "DEF123GHIJ"
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "heliograph.toml"
+
+
+def complaint(file: Path | None, text: str = "", **environ: str) -> str:
+    """The words of the refusal."""
+    if file is not None:
+        file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load(file, environ)
+    return str(caught.value)
+
+
+def test_nothing_at_all_is_a_configuration() -> None:
+    config = load(None, {})
+    assert (config.api.host, config.api.port, config.api.key, config.apps) == ("127.0.0.1", 8080, None, {})
+    assert config.data == str(Path.cwd() / "heliograph-data")
+
+
+def test_four_lines_are_an_app(file: Path) -> None:
+    file.write_text(SHOP)
+    app = load(file, {}).apps["shop"]
+    assert app.topic == "com.example.shop"
+    assert app.environment is Environments.PRODUCTION
+    assert (app.host, app.port, app.ca) == (None, 443, None)
+
+
+def test_relative_paths_start_at_the_folder_of_the_file(file: Path) -> None:
+    file.write_text('data = "state"\n[api]\nkey = "file:key"\n' + SHOP + 'host = "localhost"\nca = "ca.pem"\n')
+    config = load(file, {})
+    folder = file.parent
+    assert config.data == str(folder / "state")
+    assert config.api.key == f"file:{folder / 'key'}"
+    assert config.apps["shop"].key == f"file:{folder / 'AuthKey_ABC123DEFG.p8'}"
+    assert config.apps["shop"].ca == str(folder / "ca.pem")
+
+
+def test_a_credential_stays_a_credential(file: Path) -> None:
+    file.write_text(SHOP.replace("AuthKey_ABC123DEFG.p8", "credential:shop.p8"))
+    assert load(file, {}).apps["shop"].key == "credential:shop.p8"
+
+
+def test_variables_win_over_the_file(file: Path) -> None:
+    file.write_text("[api]\nport = 1000\nhost = '::1'\n")
+    config = load(file, {"HELIOGRAPH_API__PORT": "9000", "HELIOGRAPH_DATA": "/srv/push", "PATH": "/bin"})
+    assert (config.api.host, config.api.port, config.data) == ("::1", 9000, "/srv/push")
+
+
+def test_variables_alone_make_an_app_and_lists_have_commas() -> None:
+    config = load(
+        None,
+        {
+            "HELIOGRAPH_APPS__SHOP__TOPICS": "com.example.shop, com.example.till",
+            "HELIOGRAPH_APPS__SHOP__KEY": "credential:shop",
+            "HELIOGRAPH_APPS__SHOP__TEAM_ID": "DEF123GHIJ",
+            "HELIOGRAPH_APPS__SHOP__ENVIRONMENT": "both",
+        },
+    )
+    app = config.apps["shop"]
+    assert app.topics == ("com.example.shop", "com.example.till")
+    assert app.environment.each() == (Environment.PRODUCTION, Environment.DEVELOPMENT)
+
+
+def test_variables_of_the_command_line_are_no_settings() -> None:
+    assert load(None, {"HELIOGRAPH_URL": "http://x", "HELIOGRAPH_KEY": "hg_x", "HELIOGRAPH_CONFIG": "x"}).apps == {}
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("prot = 1", ["prot is not a setting", "known here are data, api, apps"]),
+        ("[api]\nprot = 1", ["heliograph.toml: api.prot is not a setting: did you mean port?"]),
+        ("[app.shop]", ["app is not a setting: did you mean apps?"]),
+        (SHOP + "keyid = 'x'", ["apps.shop.keyid is not a setting: did you mean key_id?"]),
+        (SHOP.replace("team_id", "#"), ["apps.shop.team_id is missing", "Team ID"]),
+        (SHOP.replace("key =", "#"), ["apps.shop.key is missing", ".p8"]),
+        (SHOP.replace("topic =", "#"), ["apps.shop needs either topic", "or topics"]),
+        (SHOP + "topics = ['a']", ["apps.shop needs either topic", "or topics"]),
+        (SHOP + "environment = 'sandbox'", ["apps.shop.environment", "production, development, both"]),
+        (SHOP + "port = 2197", ["apps.shop has a port or a ca, but no host"]),
+        (SHOP + "port = 99999", ["apps.shop.port does not fit: expected a whole number <= 65535"]),
+        ("[api]\nport = '80'", ["api.port does not fit: expected a whole number, got text in quotes"]),
+        ("data = 3", ["data does not fit: expected text in quotes, got a whole number"]),
+        ("api = 3", ["api must be a table, [api]"]),
+        ("apps = 3", ["apps must hold tables, [apps.NAME]"]),
+        ("[apps.'a b']", ["apps.a b is no name for an app", "letters"]),
+        ("data =\n", ["is not TOML", "line 1"]),
+    ],
+)
+def test_what_does_not_fit_is_told_with_its_place(file: Path, text: str, words: list[str]) -> None:
+    said = complaint(file, text)
+    assert all(word in said for word in words), said
+    assert str(file) in said
+
+
+def test_what_does_not_fit_in_a_variable_is_told_by_its_name() -> None:
+    assert complaint(None, HELIOGRAPH_API__PORT="x").startswith("HELIOGRAPH_API__PORT does not fit")
+    assert "did you mean HELIOGRAPH_API__PORT?" in complaint(None, HELIOGRAPH_API__PROT="1")
+    assert "did you mean HELIOGRAPH_DATA?" in complaint(None, HELIOGRAPH_DATTA="1")
+
+
+def test_a_variable_below_a_single_value_is_refused(file: Path) -> None:
+    assert "HELIOGRAPH_DATA__X: there is nothing below data" in complaint(file, "data = 'x'", HELIOGRAPH_DATA__X="1")
+
+
+def test_a_file_that_is_not_there_or_not_text_is_told(file: Path) -> None:
+    with pytest.raises(ConfigError, match="There is no file"):
+        load(file, {})
+    file.write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        load(file, {})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[api]\nkey = 'hg_very_secret'",
+        SHOP.replace("AuthKey_ABC123DEFG.p8", "-----BEGIN PRIVATE KEY-----very_secret"),
+        SHOP.replace('"AuthKey_ABC123DEFG.p8"', '"""very_secret\nvery_secret"""'),
+    ],
+)
+def test_a_secret_in_the_file_is_refused_and_not_repeated(file: Path, text: str) -> None:
+    said = complaint(file, text)
+    assert "where the secret is, not what it is" in said
+    assert "very_secret" not in said
+
+
+# -- secrets ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def secret(tmp_path: Path) -> Path:
+    path = tmp_path / "secret"
+    path.write_bytes(b"octets")
+    return path
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o400])
+def test_a_secret_that_is_kept_is_read(secret: Path, mode: int) -> None:
+    secret.chmod(mode)
+    assert read_secret(f"file:{secret}", "api.key") == b"octets"
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o604, 0o602])
+def test_a_secret_that_others_may_read_is_refused_with_what_to_run(secret: Path, mode: int) -> None:
+    secret.chmod(mode)
+    with pytest.raises(ConfigError, match=f"^api.key: every user .* run chmod 600 {secret}"):
+        read_secret(f"file:{secret}", "api.key")
+
+
+def test_a_credential_is_a_file_in_the_folder_of_credentials(secret: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret.chmod(0o400)
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(secret.parent))
+    assert read_secret("credential:secret", "api.key") == b"octets"
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../secret", "a/b"])
+def test_a_credential_stays_in_its_folder(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    with pytest.raises(ConfigError, match="name alone"):
+        read_secret(f"credential:{name}", "api.key")
+
+
+def test_a_credential_without_a_folder_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
+    with pytest.raises(ConfigError, match="LoadCredential="):
+        read_secret("credential:shop", "apps.shop.key")
+
+
+def test_a_secret_that_is_no_file_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no file"):
+        read_secret(f"file:{tmp_path / 'absent'}", "api.key")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_secret(f"file:{tmp_path}", "api.key")
+    (tmp_path / "long").write_bytes(bytes(70_000))
+    (tmp_path / "long").chmod(0o600)
+    with pytest.raises(ConfigError, match="longer than"):
+        read_secret(f"file:{tmp_path / 'long'}", "api.key")
+
+
+def test_the_tree_is_frozen() -> None:
+    with pytest.raises(AttributeError):
+        Config().data = "x"  # type: ignore[misc]
