@@ -118,8 +118,8 @@ async def run(config: Config, *, started: Callable[[Running], Awaitable[None]] |
 
     Raises ConfigError, StoreError, and an ExceptionGroup where something failed later on.
     """
-    # A loop that is never idle keeps the interpreter's lock for a whole switch interval whenever the store's thread asks
-    # for it, which it does with each call of SQLite. With CPython's 5 ms, single commits could take seconds.
+    # A loop that is never idle keeps the interpreter's lock for a whole switch interval whenever the store's thread
+    # asks for it, which it does with each call of SQLite. With CPython's 5 ms, single commits could take seconds.
     sys.setswitchinterval(_SWITCH_S)
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
