@@ -18,6 +18,7 @@ from heliograph.protocols.http2.events import (
     Request,
     SettingsChanged,
     Unknown,
+    WindowOpened,
 )
 from heliograph.protocols.http2.frames import ErrorCode
 from heliograph.protocols.http2.hpack import Field
@@ -44,4 +45,5 @@ __all__ = [
     "SettingsChanged",
     "Template",
     "Unknown",
+    "WindowOpened",
 ]

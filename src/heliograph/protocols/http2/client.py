@@ -13,8 +13,8 @@ How an answer is read
 
 Where a stream is
     `_plain` maps the id of a stream whose request is out and of whose answer nothing has come to its key, and that
-    is all there is of it. Any other open stream (body not out yet, answer begun) is in `_streams`. A key is in one
-    of the two, once, until it leaves in an event.
+    is all there is of it. Any other open stream (its body had to wait, its answer has begun) is in `_streams`, and
+    stays there. A key is in one of the two, once, until it leaves in an event. `_plain` is in the order of stream ids.
 """
 
 from __future__ import annotations
@@ -308,9 +308,6 @@ class ClientConnection(Connection):
                 self._out.append(f.frame(f.DATA, 0 if stream.unsent else f.END_STREAM, stream_id, chunk))
             if stream.unsent:
                 self._blocked.append(stream_id)
-            elif not stream.status:
-                del self._streams[stream_id]
-                self._plain[stream_id] = stream.key
 
     def _note_opened(self, now: float, first: int, last: int) -> None:
         opened = self._opened
@@ -318,7 +315,7 @@ class ClientConnection(Connection):
             opened[-1] = opened[-1]._replace(last=last)
             return
         # What is older than the oldest open stream has no deadline left to keep.
-        oldest = min(next(iter(self._plain), NO_LIMIT), next(iter(self._streams), NO_LIMIT))
+        oldest = min(next(iter(self._plain), NO_LIMIT), min(self._streams, default=NO_LIMIT))
         while opened and opened[0].last < oldest:
             opened.popleft()
         opened.append(_Opened(now, first, last))
@@ -404,7 +401,8 @@ class ClientConnection(Connection):
         name, value = fields[-1]
         if fields[0] != (b":status", b"200") or name != b"apns-id":
             return
-        if any(other in self._keep or other in (b"apns-id", b"content-length") for other, _ in fields[:-1]):
+        names = [each for each, _ in fields]
+        if names.count(name) > 1 or b"content-length" in names or not self._keep.isdisjoint(names):
             return
         for octets, first in ((value, 0), (huffman(value), 0x80)):
             tail = int_octets(len(octets), 7, first) + octets
@@ -444,9 +442,6 @@ class ClientConnection(Connection):
             if status < 200:
                 if ends or status == 101:
                     raise Malformed("an interim answer that ends the stream, or 101")
-                if not stream.unsent:
-                    del self._streams[stream_id]
-                    self._plain[stream_id] = stream.key
                 return
             stream.status = status
             stream.fields = [field for field in fields if field[0] != b":status"]
@@ -468,7 +463,7 @@ class ClientConnection(Connection):
             if stream.expected < 0:
                 raise StreamFault(ErrorCode.PROTOCOL_ERROR, "more DATA than content-length says")
         if len(data) > room:  # nothing that Apple says is so long: what came is what we tell
-            stream.expected = None
+            stream.expected, stream.unsent = None, b""
             self._send_reset(stream_id, ErrorCode.CANCEL)
             self._answered(stream_id, stream, events)
         elif flags & f.END_STREAM:

@@ -23,7 +23,7 @@ from struct import unpack
 from msgspec import Struct
 
 from heliograph.protocols.http2 import frames as f
-from heliograph.protocols.http2.events import Event, Failed, GoAway, Pong, SettingsChanged
+from heliograph.protocols.http2.events import Event, Failed, GoAway, Pong, SettingsChanged, WindowOpened
 from heliograph.protocols.http2.fields import Malformed
 from heliograph.protocols.http2.frames import ErrorCode
 from heliograph.protocols.http2.hpack import Decoder, Encoder, Field, HeaderListTooLarge, HpackError
@@ -231,7 +231,7 @@ class Connection:
             elif kind == f.RST_STREAM:
                 self._rst_stream_frame(stream_id, payload, now, events)
             elif kind == f.WINDOW_UPDATE:
-                self._window_update_frame(stream_id, payload, now)
+                self._window_update_frame(stream_id, payload, now, events)
             elif kind == f.SETTINGS:
                 self._settings_frame(flags, stream_id, payload, now, events)
             elif kind == f.PING:
@@ -335,7 +335,7 @@ class Connection:
         self._spend_reset(now)
         self._on_reset(stream_id, int.from_bytes(payload, "big"), events)
 
-    def _window_update_frame(self, stream_id: int, payload: bytes, now: float) -> None:
+    def _window_update_frame(self, stream_id: int, payload: bytes, now: float, events: list[Event]) -> None:
         if len(payload) != 4:
             raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, "WINDOW_UPDATE not of 4 octets")
         self._spend_control(now)
@@ -352,6 +352,8 @@ class Connection:
         self._send_window += increment
         if self._send_window > f.MAX_WINDOW:
             raise ConnectionFault(ErrorCode.FLOW_CONTROL_ERROR, "the connection's window grew past 2**31-1")
+        if self._send_window - increment <= 0:
+            events.append(WindowOpened())
         self._on_window(0, increment)
 
     def _settings_frame(self, flags: int, stream_id: int, payload: bytes, now: float, events: list[Event]) -> None:

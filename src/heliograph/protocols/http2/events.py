@@ -6,7 +6,6 @@ that `submit` took is reported exactly once: in Accepted, Answered, NotProcessed
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from msgspec import Struct
@@ -72,6 +71,10 @@ class SettingsChanged(Struct, frozen=True):
     """How many streams we may have open at once; 2**31-1 where the peer sets no limit."""
 
 
+class WindowOpened(Struct, frozen=True):
+    """The connection's window was shut and is open again: more requests may go out."""
+
+
 class GoAway(Struct, frozen=True):
     """The peer takes no new streams on this connection."""
 
@@ -98,5 +101,16 @@ class Failed(Struct, frozen=True):
     ours: bool
 
 
-Event = Accepted | Answered | NotProcessed | Unknown | Request | Cancelled | SettingsChanged | GoAway | Pong | Failed
-Events = Sequence[Event]
+Event = (
+    Accepted
+    | Answered
+    | NotProcessed
+    | Unknown
+    | Request
+    | Cancelled
+    | SettingsChanged
+    | WindowOpened
+    | GoAway
+    | Pong
+    | Failed
+)

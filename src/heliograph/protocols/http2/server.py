@@ -84,7 +84,7 @@ class ServerConnection(Connection):
         self._gaps: deque[tuple[int, int]] = deque(maxlen=_REMEMBERED_GAPS)
         """Ranges of ids that were passed over, and so are closed without ever having been open."""
         self._limit = max_streams
-        """Streams that the client may open now: the last limit that it acknowledged, or the first."""
+        """Streams that the client may open now: the highest of the limits that it may be following."""
         self._acknowledged = False
         self._last_served: int | None = None
         """After our GOAWAY: the last stream that we act on."""
@@ -155,12 +155,13 @@ class ServerConnection(Connection):
         last = self._highest if last_stream_id is None else last_stream_id
         self._last_served = last if self._last_served is None else min(last, self._last_served)
         self._out.append(f.goaway(self._last_served, code, debug))
-        for stream_id in [stream_id for stream_id in self._streams if stream_id > last]:
+        for stream_id in [stream_id for stream_id in self._streams if self._is_left(stream_id)]:
             del self._streams[stream_id]
 
     def set_max_streams(self, count: int) -> None:
-        """Tell the client a new stream limit; it holds once the client has acknowledged it."""
+        """Tell the client a new stream limit. A higher one holds at once, a lower one once it is acknowledged."""
         values = {f.MAX_CONCURRENT_STREAMS: count}
+        self._limit = max(self._limit, count)
         self._acks_due.append(values)
         self._out.append(f.settings(values))
 
@@ -202,8 +203,7 @@ class ServerConnection(Connection):
         if stream_id > self._highest + 2:
             self._gaps.append((self._highest + 1, stream_id - 1))
         self._highest = stream_id
-        if self._last_served is not None and stream_id > self._last_served:
-            self._reset_ids[stream_id] = None  # ignored, not reset: our GOAWAY said so
+        if self._is_left(stream_id):
             return
         if len(self._streams) >= self._limit:
             self._refuse(stream_id)
@@ -216,6 +216,14 @@ class ServerConnection(Connection):
         self._streams[stream_id] = stream
         if flags & f.END_STREAM:
             self._ended(stream_id, stream, events)
+
+    def _is_left(self, stream_id: int) -> bool:
+        """Above what our GOAWAY said that we act on: ignored, not reset (section 6.8)."""
+        return self._last_served is not None and stream_id > self._last_served
+
+    def _closed_stream_frame(self, stream_id: int) -> None:
+        if not self._is_left(stream_id):
+            super()._closed_stream_frame(stream_id)
 
     def _refuse(self, stream_id: int) -> None:
         if self._acknowledged:
@@ -296,7 +304,7 @@ class ServerConnection(Connection):
 
     def _settings_acknowledged(self, values: dict[int, int]) -> None:
         self._acknowledged = True
-        self._limit = values.get(f.MAX_CONCURRENT_STREAMS, self._limit)
+        self._limit = max([due[f.MAX_CONCURRENT_STREAMS] for due in (values, *self._acks_due)])
 
     def _on_goaway(self, event: GoAway, events: list[Event]) -> None:
         """The client opens no more streams; those that are open are answered."""
