@@ -6,6 +6,7 @@ One turn of the loop, one write: whatever the core has to say after a read goes 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ssl
 from collections.abc import Callable, Sequence
 from typing import Generic, Protocol, TypeVar, cast
@@ -16,6 +17,8 @@ UNSENT_OCTETS = 256 * 1024
 """Above this much unread output, the peer is not read from, and a client is not given more requests."""
 UNREAD_S = 30.0
 """How long a peer may leave output unread before it is shed."""
+HANDSHAKE_S = 10.0
+"""How long a client may take for the TLS handshake."""
 _TICK_S = 1.0
 """Deadlines are looked at this often, at least."""
 _FLUSH_S = 5.0
@@ -47,6 +50,7 @@ class Link(asyncio.Protocol, Generic[Core]):
         self._finishing = False
         self._blocked_since: float | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._last_words: asyncio.TimerHandle | None = None
         self.writable = True
         """Whether less than `UNSENT_OCTETS` wait for the peer to read."""
         self.closed: asyncio.Future[None] = self._loop.create_future()
@@ -83,7 +87,7 @@ class Link(asyncio.Protocol, Generic[Core]):
         if data:
             self._transport.write(data)
         self._transport.close()
-        self._loop.call_later(_FLUSH_S, self._transport.abort)
+        self._last_words = self._loop.call_later(_FLUSH_S, self._transport.abort)
 
     def abort(self) -> None:
         """Close at once; what was not written is lost."""
@@ -116,8 +120,9 @@ class Link(asyncio.Protocol, Generic[Core]):
         self._write()
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - why a socket died tells callers nothing
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._last_words):
+            if timer is not None:
+                timer.cancel()
         events = self.core.eof(self._loop.time())
         if events:
             self.session.on_events(events)
@@ -149,10 +154,8 @@ class Link(asyncio.Protocol, Generic[Core]):
         if self._blocked_since is not None and now >= self._blocked_since + UNREAD_S:
             self.abort()
             return
+        self._handle(self.core.tick(now))
         due = self.core.wake_at()
-        if due is not None and now >= due:
-            self._handle(self.core.tick(now))
-            due = self.core.wake_at()
         delay = _TICK_S if due is None else min(max(due - now, 0.02), _TICK_S)
         self._timer = self._loop.call_later(delay, self._tick)
 
@@ -178,7 +181,8 @@ class Listener:
                 for link in links:
                     link.abort()
                 await asyncio.wait(late)
-        await self._server.wait_closed()
+        with contextlib.suppress(TimeoutError):  # from Python 3.12 on it waits for TLS handshakes as well
+            await asyncio.wait_for(self._server.wait_closed(), grace_s)
 
 
 async def listen(
@@ -192,14 +196,20 @@ async def listen(
     """Listen for HTTP/2; without `tls`, for clients with prior knowledge. Raises OSError where the port is taken."""
     links: set[Link[ServerConnection]] = set()
 
-    def new_link() -> Link[ServerConnection]:
-        link = Link(new_session, new_core)
+    def enter(link: Link[ServerConnection]) -> Session:
+        # From here on connection_lost is certain; a failed TLS handshake would never take it out again.
         links.add(link)
         link.closed.add_done_callback(lambda _: links.discard(link))
-        return link
+        return new_session(link)
 
-    loop = asyncio.get_running_loop()
-    server = await loop.create_server(new_link, host, port, ssl=tls, backlog=1024)
+    server = await asyncio.get_running_loop().create_server(
+        lambda: Link(enter, new_core),
+        host,
+        port,
+        ssl=tls,
+        ssl_handshake_timeout=None if tls is None else HANDSHAKE_S,
+        backlog=1024,
+    )
     return Listener(server, links)
 
 

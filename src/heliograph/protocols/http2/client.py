@@ -142,7 +142,7 @@ class ClientConnection(Connection):
         self._keep = keep
         self._plain: dict[int, Key] = {}
         self._streams: dict[int, _Stream] = {}
-        self._blocked: deque[int] = deque()
+        self._blocked: dict[int, None] = {}
         """Streams with octets to send, in the order in which they were opened."""
         self._next_id = 1
         self._last_taken = NO_LIMIT
@@ -233,12 +233,13 @@ class ClientConnection(Connection):
                 head = length.to_bytes(3, "big") + b"\x01\x04"
             body = bodies[place] if shared is None else shared
             if len(body) != body_size:
+                if not 0 < len(body) <= limit:
+                    break
                 body_size = len(body)
                 body_head = body_size.to_bytes(3, "big") + b"\0\1"
-            window -= body_size
-            if window < 0 or not 0 < body_size <= limit:
-                window += body_size
+            if window < body_size:
                 break
+            window -= body_size
             sid = stream_id.to_bytes(4, "big")
             if varying == 1:
                 parts += (head, sid, constant_path, path, tail, suffixes[place], body_head, sid, body)
@@ -277,9 +278,8 @@ class ClientConnection(Connection):
         if not body:
             self._plain[stream_id] = requests.keys[place]
             return True
-        self._streams[stream_id] = _Stream(requests.keys[place], body, self._peer_window)
-        self._blocked.append(stream_id)
-        self._send_blocked()
+        stream = self._streams[stream_id] = _Stream(requests.keys[place], body, self._peer_window)
+        self._send_body(stream_id, stream)
         return True
 
     def _spell(self, template: Template) -> _Spelling:
@@ -293,21 +293,29 @@ class ClientConnection(Connection):
             self._spellings.clear()
         return _Spelling(self._encoder.generation, before + path_name, after)
 
+    def _send_body(self, stream_id: int, stream: _Stream) -> None:
+        """Send what windows allow of a body; what is left waits in `_blocked`."""
+        while stream.unsent and (size := min(len(stream.unsent), stream.window, self._send_window)) > 0:
+            size = min(size, self._peer_frame)
+            chunk, stream.unsent = stream.unsent[:size], stream.unsent[size:]
+            stream.window -= size
+            self._send_window -= size
+            self._out.append(f.frame(f.DATA, 0 if stream.unsent else f.END_STREAM, stream_id, chunk))
+        if stream.unsent:
+            self._blocked[stream_id] = None
+        else:
+            self._blocked.pop(stream_id, None)
+
     def _send_blocked(self) -> None:
-        """Send what windows allow of the bodies that wait."""
-        for _ in range(len(self._blocked)):
-            stream_id = self._blocked.popleft()
+        """The connection's window opened, or those of all streams."""
+        for stream_id in list(self._blocked):
+            if self._send_window <= 0:
+                return
             stream = self._streams.get(stream_id)
             if stream is None:
-                continue
-            while stream.unsent and (size := min(len(stream.unsent), stream.window, self._send_window)) > 0:
-                size = min(size, self._peer_frame)
-                chunk, stream.unsent = stream.unsent[:size], stream.unsent[size:]
-                stream.window -= size
-                self._send_window -= size
-                self._out.append(f.frame(f.DATA, 0 if stream.unsent else f.END_STREAM, stream_id, chunk))
-            if stream.unsent:
-                self._blocked.append(stream_id)
+                del self._blocked[stream_id]
+            else:
+                self._send_body(stream_id, stream)
 
     def _note_opened(self, now: float, first: int, last: int) -> None:
         opened = self._opened
@@ -368,10 +376,11 @@ class ClientConnection(Connection):
 
     def _read_run(self, buffer: bytes, start: int, length: int, shape: bytes, accepted: list[Key]) -> int:
         """Take a run of frames of one length that begin alike; returns how many were taken."""
+        if buffer[start + length : start + length + 5] != buffer[start : start + 5]:
+            return 0
         count = min((len(buffer) - start) // length, _RUN_AT_MOST)
-        stop = start + count * length
         for place, octet in (*enumerate(buffer[start : start + 5]), *enumerate(shape, f.HEADER_OCTETS)):
-            column = buffer[start + place : stop : length]
+            column = buffer[start + place : start + count * length : length]
             count = min(count, len(column) - len(column.lstrip(bytes((octet,)))))
         if count < 2:
             return 0
@@ -406,15 +415,22 @@ class ClientConnection(Connection):
             return
         for octets, first in ((value, 0), (huffman(value), 0x80)):
             tail = int_octets(len(octets), 7, first) + octets
-            if block.endswith(tail) and sum(map(len, self._shapes.values())) < _SHAPES:
+            if block.endswith(tail):
                 check_answer(fields)
-                self._shapes.setdefault(len(block), []).append(block[: len(block) - len(octets)])
+                shapes = self._shapes.setdefault(len(block), [])
+                shape = block[: len(block) - len(octets)]
+                if shape not in shapes and sum(map(len, self._shapes.values())) < _SHAPES:
+                    shapes.append(shape)
                 return
 
     # -- answers, any kind ---------------------------------------------------------------------------------------
 
     def _is_idle(self, stream_id: int) -> bool:
         return not stream_id & 1 or stream_id >= self._next_id
+
+    def _closed_stream_frame(self, stream_id: int) -> None:
+        if stream_id <= self._last_taken:  # what GOAWAY handed back may be answered all the same: too late
+            super()._closed_stream_frame(stream_id)
 
     def _take_stream(self, stream_id: int) -> _Stream | None:
         """The open stream as an object; None if it is closed."""
@@ -510,7 +526,9 @@ class ClientConnection(Connection):
             stream.window += increment
             if stream.window > f.MAX_WINDOW:
                 raise StreamFault(ErrorCode.FLOW_CONTROL_ERROR, "a stream's window grew past 2**31-1")
-        if self._blocked:
+            if stream.unsent:
+                self._send_body(stream_id, stream)
+        elif self._blocked:
             self._send_blocked()
 
     def _on_initial_window(self, change: int) -> None:

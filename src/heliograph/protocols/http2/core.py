@@ -46,6 +46,8 @@ class Limits(Struct, frozen=True):
     earned_by_work: int = 4
     header_octets: int = 65_536
     """Of one header block, packed; and of one header list, unpacked."""
+    held_octets: int = 1 << 25
+    """Server: of large header blocks of requests that are open at once; above it streams are refused."""
     settings_s: float = 10.0
     """From the connection's start to the peer's SETTINGS; also how long one header block may take."""
     message_s: float = 30.0
@@ -101,6 +103,8 @@ class Connection:
         self._out: list[bytes] = []
         self._over = False
         self._block: _Block | None = None
+        self._block_octets = 0
+        """Of the last whole header block."""
         # A peer that never shrinks its table to the 0 that we announce keeps the default of 4096, which costs speed
         # but breaks nothing (RFC 7541, section 4.2, wants a size update first).
         self._decoder = Decoder(4096, limits.header_octets)
@@ -314,6 +318,7 @@ class Connection:
             self._block_ended(block.flags, stream_id, b"".join(block.parts), events)
 
     def _block_ended(self, flags: int, stream_id: int, block: bytes, events: list[Event]) -> None:
+        self._block_octets = len(block)
         try:
             self._on_message(stream_id, flags, self._decode(block), events)
         except HpackError as error:
@@ -358,7 +363,7 @@ class Connection:
 
     def _settings_frame(self, flags: int, stream_id: int, payload: bytes, now: float, events: list[Event]) -> None:
         self._need_connection(stream_id)
-        self._spend_control(now)
+        self._spend_control(now, max(1, len(payload) // 6))
         if flags & f.ACK:
             if payload:
                 raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, "a SETTINGS acknowledgement with content")
@@ -438,9 +443,9 @@ class Connection:
             self._period_began = now
             self._resets = self._controls = self._work = 0
 
-    def _spend_control(self, now: float) -> None:
+    def _spend_control(self, now: float, count: int = 1) -> None:
         self._new_period(now)
-        self._controls += 1
+        self._controls += count
         if self._controls > self.limits.control_frames + self._work * self.limits.earned_by_work:
             raise ConnectionFault(ErrorCode.ENHANCE_YOUR_CALM, "more control frames than work")
 

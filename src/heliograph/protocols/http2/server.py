@@ -21,6 +21,8 @@ from heliograph.protocols.http2.hpack import Field, encode_static, int_octets
 
 SERVER_LIMITS = Limits()
 _REMEMBERED_GAPS = 100
+_LARGE_BLOCK = 4096
+"""Header blocks from this size on are added up; smaller ones are bounded by the number of streams."""
 
 
 class Answer(NamedTuple):
@@ -78,8 +80,10 @@ class ServerConnection(Connection):
         )
         self._greeted = False
         self._streams: dict[int, _Stream] = {}
-        self._blocked: deque[int] = deque()
-        """Streams whose answer waits for a window."""
+        self._blocked: dict[int, None] = {}
+        """Streams whose answer waits for a window, in the order of the answers."""
+        self._large: dict[int, int] = {}
+        """Octets of large header blocks, by stream; may hold streams that have ended."""
         self._highest = 0
         self._gaps: deque[tuple[int, int]] = deque(maxlen=_REMEMBERED_GAPS)
         """Ranges of ids that were passed over, and so are closed without ever having been open."""
@@ -89,6 +93,7 @@ class ServerConnection(Connection):
         self._last_served: int | None = None
         """After our GOAWAY: the last stream that we act on."""
         self._now = now
+        """Of the last `receive` or `tick`: answers come without a time of their own."""
 
     @property
     def open_streams(self) -> int:
@@ -103,7 +108,8 @@ class ServerConnection(Connection):
             stream = streams.get(stream_id)
             if stream is None or stream.unsent is not None:
                 continue
-            block = _status_octets(status)
+            # We put nothing into the client's table; a smaller one must be acknowledged all the same (RFC 7541, 4.2).
+            block = self._encoder.start() + _status_octets(status)
             for name, value in fields:
                 size = len(value)
                 block += _name_octets(name) + (bytes((size,)) if size < 127 else int_octets(size, 7, 0)) + value
@@ -117,28 +123,37 @@ class ServerConnection(Connection):
             else:
                 out.append(f.header_block(stream_id, block, self._peer_frame, end_stream=False))
                 stream.unsent = body
-                self._blocked.append(stream_id)
-                self._send_blocked()
+                stream.began = self._now
+                self._send_body(stream_id, stream)
+
+    def _send_body(self, stream_id: int, stream: _Stream) -> None:
+        """Send what windows allow of an answer's body; what is left waits in `_blocked`."""
+        while stream.unsent and (size := min(len(stream.unsent), stream.window, self._send_window)) > 0:
+            size = min(size, self._peer_frame)
+            chunk, stream.unsent = stream.unsent[:size], stream.unsent[size:]
+            stream.window -= size
+            self._send_window -= size
+            self._out.append(f.frame(f.DATA, 0 if stream.unsent else f.END_STREAM, stream_id, chunk))
+        if stream.unsent:
+            self._blocked[stream_id] = None
+        else:
+            self._blocked.pop(stream_id, None)
+            self._answered(stream_id, stream)
 
     def _send_blocked(self) -> None:
-        for _ in range(len(self._blocked)):
-            stream_id = self._blocked.popleft()
+        """The connection's window opened, or those of all streams."""
+        for stream_id in list(self._blocked):
+            if self._send_window <= 0:
+                return
             stream = self._streams.get(stream_id)
-            if stream is None or stream.unsent is None:
-                continue
-            while stream.unsent and (size := min(len(stream.unsent), stream.window, self._send_window)) > 0:
-                size = min(size, self._peer_frame)
-                chunk, stream.unsent = stream.unsent[:size], stream.unsent[size:]
-                stream.window -= size
-                self._send_window -= size
-                self._out.append(f.frame(f.DATA, 0 if stream.unsent else f.END_STREAM, stream_id, chunk))
-            if stream.unsent:
-                self._blocked.append(stream_id)
+            if stream is None:
+                del self._blocked[stream_id]
             else:
-                self._answered(stream_id, stream)
+                self._send_body(stream_id, stream)
 
     def _answered(self, stream_id: int, stream: _Stream) -> None:
         del self._streams[stream_id]
+        self._heard = self._now  # not idle, though nothing was heard
         if not stream.whole:  # the answer did not need the rest of the request: RFC 9113, section 8.1
             self._send_reset(stream_id, ErrorCode.NO_ERROR)
 
@@ -204,8 +219,9 @@ class ServerConnection(Connection):
             self._gaps.append((self._highest + 1, stream_id - 1))
         self._highest = stream_id
         if self._is_left(stream_id):
+            self._spend_control(self._now)
             return
-        if len(self._streams) >= self._limit:
+        if len(self._streams) >= self._limit or self._is_too_much(stream_id):
             self._refuse(stream_id)
             return
         if fields is None:
@@ -225,11 +241,22 @@ class ServerConnection(Connection):
         if not self._is_left(stream_id):
             super()._closed_stream_frame(stream_id)
 
+    def _is_too_much(self, stream_id: int) -> bool:
+        """Whether large header blocks of open requests hold more memory than one connection may."""
+        if self._block_octets < _LARGE_BLOCK:
+            return False
+        self._large = {other: size for other, size in self._large.items() if other in self._streams}
+        if sum(self._large.values()) + self._block_octets > self.limits.held_octets:
+            return True
+        self._large[stream_id] = self._block_octets
+        return False
+
     def _refuse(self, stream_id: int) -> None:
         if self._acknowledged:
             self._reset_stream(stream_id, ErrorCode.REFUSED_STREAM, self._now)
-        else:  # it cannot know our limit yet: no fault of its own
+        else:  # it may not know our limit yet, which is no fault of its own
             self._send_reset(stream_id, ErrorCode.REFUSED_STREAM)
+            self._spend_control(self._now)
 
     def _trailers(
         self, stream_id: int, stream: _Stream, flags: int, fields: list[Field] | None, events: list[Event]
@@ -293,7 +320,9 @@ class ServerConnection(Connection):
             stream.window += increment
             if stream.window > f.MAX_WINDOW:
                 raise StreamFault(ErrorCode.FLOW_CONTROL_ERROR, "a stream's window grew past 2**31-1")
-        if self._blocked:
+            if stream.unsent:
+                self._send_body(stream_id, stream)
+        elif self._blocked:
             self._send_blocked()
 
     def _on_initial_window(self, change: int) -> None:
@@ -345,6 +374,7 @@ class ServerConnection(Connection):
         events: list[Event] = []
         if self._over:
             return events
+        self._now = now
         due = self._due()
         if due is not None and now >= due:
             if not self._settled or self._block is not None:

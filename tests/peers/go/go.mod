@@ -1,0 +1,3 @@
+module heliograph/tests/peers/go
+
+go 1.24
