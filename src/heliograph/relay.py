@@ -101,6 +101,12 @@ class _Progress:
             states[index] = state
             times[index] = moment
 
+    def forget_trouble(self, indices: Sequence[int]) -> None:
+        """Accepted in the end: of what went wrong before, only the number of tries is kept."""
+        if self.details:
+            for index in self.details.keys() & set(indices):
+                self.details[index] = Detail(index, attempts=self.details[index].attempts)
+
     def outcomes(self) -> Outcomes:
         times = self.times
         if _LITTLE:
@@ -196,10 +202,10 @@ class Relay:
         try:
             async with asyncio.timeout(timeout_s):
                 while True:
+                    changed.clear()
                     (found,) = await self._store.find_receipts([notification_id])
                     if found is None or found.state is not State.QUEUED:
                         return found
-                    changed.clear()
                     await changed.wait()
         except TimeoutError:
             (found,) = await self._store.find_receipts([notification_id])
@@ -288,8 +294,9 @@ class Relay:
         def report(done: Sequence[int], outcome: Outcome) -> None:
             progress.open -= len(done)
             self._telemetry.answered(progress.batch.app, outcome, len(done))
-            if outcome is ACCEPTED and not progress.details:
+            if outcome is ACCEPTED:
                 progress.set_state(done, State.ACCEPTED, self._clock())
+                progress.forget_trouble(done)
             else:
                 self._decide(progress, done, outcome)
             self._note(progress)
@@ -297,7 +304,7 @@ class Relay:
         self._carrier.carry(progress.batch, indices, report)
 
     def _decide(self, progress: _Progress, indices: Sequence[int], outcome: Outcome) -> None:
-        """Note what policy says of outcomes that are no plain first-time 200."""
+        """Note what policy says of outcomes that are no plain 200."""
         now = self._clock()
         again: list[int] = []
         for index in indices:

@@ -70,6 +70,10 @@ class Running(Struct, frozen=True):
 
 _SWITCH_S = 0.0005
 
+LEASE_S = 150.0
+"""Longer than a batch can be out: twice in the carrier's backlog (`PoolSettings.patience_s`), then on the wire
+(`Limits.message_s`), with room for a slow settling."""
+
 
 def new_event_loop() -> asyncio.AbstractEventLoop:
     """That of uvloop where it can be imported, else asyncio's own."""
@@ -157,9 +161,11 @@ async def serving(config: Config, stop: asyncio.Event | None = None) -> AsyncIte
     telemetry = Telemetry()
     with contextlib.closing(_listen(config.api)) as listening:
         key = load_api_key(config)
-        store = await SqliteStore.open(data / "heliograph.db")
+        store = await SqliteStore.open(data / "heliograph.db", lease_s=LEASE_S)
         try:
-            carrier = ApnsCarrier(apps.get, lambda app, batch: endpoints[app.name, batch.environment], clock=time.time)
+            carrier = ApnsCarrier(
+                apps.get, lambda app, batch: endpoints.get((app.name, batch.environment)), clock=time.time
+            )
             relay = Relay(store, store, carrier, apps, telemetry, clock=time.time)
             door = Api(relay, apps, key)
             server = _Server(make_app(door, telemetry.registry))

@@ -21,7 +21,7 @@ class ApnsCarrier:
     def __init__(
         self,
         find_app: Callable[[str], App | None],
-        find_endpoint: Callable[[App, Batch], Endpoint],
+        find_endpoint: Callable[[App, Batch], Endpoint | None],
         *,
         settings: PoolSettings | None = None,
         clock: Callable[[], float],
@@ -37,10 +37,10 @@ class ApnsCarrier:
     def carry(self, batch: Batch, indices: Sequence[int], report: Report) -> None:
         """See `ports.Carrier.carry`."""
         app = self._find_app(batch.app)
-        if app is None:
-            report(indices, NotProcessed(f"there are no credentials for the app {batch.app}"))
+        endpoint = None if app is None else self._find_endpoint(app, batch)
+        if app is None or endpoint is None:  # it was there when the batch was taken in
+            report(indices, NotProcessed(f"there are no credentials for the app {batch.app} in {batch.environment}"))
             return
-        endpoint = self._find_endpoint(app, batch)
         name = (app.key.team_id, app.key.key_id, endpoint)
         pool = self._pools.get(name)
         if pool is None:

@@ -24,6 +24,9 @@ from heliograph.protocols.http2 import (
     Unknown,
 )
 
+NEW_S = 2.0
+"""How long a connection counts as new at most: several round trips to anywhere."""
+
 
 class Owner(Protocol):
     """Who a connection belongs to."""
@@ -43,12 +46,19 @@ class Connection:
         self._core = link.core
         self._owner = owner
         self._clock = clock
+        self._opened_at = clock()
+        self._answered = False
         self.goodbye: str | None = None
         """Apple's reason for its GOAWAY, or for the end of the connection."""
 
     @property
     def usable(self) -> bool:
         return self._core.usable
+
+    @property
+    def new(self) -> bool:
+        """Nothing was answered yet, so Apple may still allow one stream only; but not for ever."""
+        return not self._answered and self._clock() < self._opened_at + NEW_S
 
     @property
     def open_streams(self) -> int:
@@ -79,8 +89,10 @@ class Connection:
         settle = self._owner.settle
         for event in events:
             if isinstance(event, Accepted):
+                self._answered = True
                 settle(event.keys, ACCEPTED)
             elif isinstance(event, Answered):
+                self._answered = True
                 settle([event.key], apns.answer(event.status, event.fields, event.body))
             elif isinstance(event, NotProcessed):
                 settle(event.keys, CertainlyNot(self.goodbye or event.why))

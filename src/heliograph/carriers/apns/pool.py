@@ -18,7 +18,7 @@ from typing import cast
 import structlog
 from msgspec import Struct
 
-from heliograph.carriers.apns.connection import Connection
+from heliograph.carriers.apns.connection import NEW_S, Connection
 from heliograph.carriers.apns.credentials import TokenSource
 from heliograph.model import MAX_BATCH, Batch, Headers, NotProcessed, Outcome, SigningKey
 from heliograph.net import http2
@@ -135,6 +135,7 @@ class Pool:
         self._failures = 0
         self._pump_due = False
         self._patience: asyncio.TimerHandle | None = None
+        self._look_again: asyncio.TimerHandle | None = None
         self._closing = False
         self._spelt: dict[Headers, tuple[Template, tuple[tuple[bytes, bytes], ...]]] = {}
         self._spelt_with: tuple[bytes, bytes] | None = None
@@ -287,9 +288,18 @@ class Pool:
 
     def _grow(self) -> None:
         """Open one more connection, if there may be more and none is on its way."""
-        usable = sum(connection.usable for connection in self._connections)
-        if self._connecting is None and usable < self._settings.connections and not self._closing:
-            self._connecting = self._loop.create_task(self._connect())
+        usable = [connection for connection in self._connections if connection.usable]
+        if self._connecting is not None or len(usable) >= self._settings.connections or self._closing:
+            return
+        if any(connection.new for connection in usable):  # its one stream is no sign of load
+            if self._look_again is None:
+                self._look_again = self._loop.call_later(NEW_S, self._pump_again)
+            return
+        self._connecting = self._loop.create_task(self._connect())
+
+    def _pump_again(self) -> None:
+        self._look_again = None
+        self.pump()
 
     async def _connect(self) -> None:
         endpoint = self._endpoint
@@ -336,8 +346,9 @@ class Pool:
     async def aclose(self) -> None:
         """Take nothing more, hand back what waits, let open streams be answered, close."""
         self._closing = True
-        if self._patience is not None:
-            self._patience.cancel()
+        for timer in (self._patience, self._look_again):
+            if timer is not None:
+                timer.cancel()
         if self._connecting is not None:
             self._connecting.cancel()
             await asyncio.gather(self._connecting, return_exceptions=True)
