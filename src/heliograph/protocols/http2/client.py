@@ -27,7 +27,7 @@ from struct import Struct as Layout
 from typing import NamedTuple
 
 from heliograph.protocols.http2 import frames as f
-from heliograph.protocols.http2.core import NO_LIMIT, Connection, ConnectionFault, Limits, StreamFault
+from heliograph.protocols.http2.core import NO_LIMIT, Connection, ConnectionFault, Limits, Outgoing, StreamFault
 from heliograph.protocols.http2.events import (
     Accepted,
     Answered,
@@ -93,15 +93,14 @@ class _Spelling(NamedTuple):
     after_path: bytes
 
 
-class _Stream:
-    """A stream that is more than a key: its body is not out yet, or its answer has begun."""
+class _Stream(Outgoing):
+    """A stream that is more than a key: its body had to wait, or its answer has begun."""
 
-    __slots__ = ("answer", "expected", "fields", "key", "status", "unsent", "window")
+    __slots__ = ("answer", "expected", "fields", "key", "status")
 
     def __init__(self, key: Key, unsent: bytes, window: int) -> None:
+        super().__init__(unsent, window)
         self.key = key
-        self.unsent = unsent
-        self.window = window
         self.status = 0
         self.fields: list[Field] = []
         self.answer = bytearray()
@@ -122,7 +121,7 @@ def _stream_ids(length: int) -> Layout:
     return Layout(f">5xI{length - 9}x")
 
 
-class ClientConnection(Connection):
+class ClientConnection(Connection[_Stream]):
     """One connection to a server: requests in, events out."""
 
     _RECV_WINDOW = 1 << 24
@@ -141,9 +140,6 @@ class ClientConnection(Connection):
         self._out.insert(0, f.PREFACE)
         self._keep = keep
         self._plain: dict[int, Key] = {}
-        self._streams: dict[int, _Stream] = {}
-        self._blocked: dict[int, None] = {}
-        """Streams with octets to send, in the order in which they were opened."""
         self._next_id = 1
         self._last_taken = NO_LIMIT
         """The last stream that the server will act on, as its GOAWAY says."""
@@ -293,29 +289,8 @@ class ClientConnection(Connection):
             self._spellings.clear()
         return _Spelling(self._encoder.generation, before + path_name, after)
 
-    def _send_body(self, stream_id: int, stream: _Stream) -> None:
-        """Send what windows allow of a body; what is left waits in `_blocked`."""
-        while stream.unsent and (size := min(len(stream.unsent), stream.window, self._send_window)) > 0:
-            size = min(size, self._peer_frame)
-            chunk, stream.unsent = stream.unsent[:size], stream.unsent[size:]
-            stream.window -= size
-            self._send_window -= size
-            self._out.append(f.frame(f.DATA, 0 if stream.unsent else f.END_STREAM, stream_id, chunk))
-        if stream.unsent:
-            self._blocked[stream_id] = None
-        else:
-            self._blocked.pop(stream_id, None)
-
-    def _send_blocked(self) -> None:
-        """The connection's window opened, or those of all streams."""
-        for stream_id in list(self._blocked):
-            if self._send_window <= 0:
-                return
-            stream = self._streams.get(stream_id)
-            if stream is None:
-                del self._blocked[stream_id]
-            else:
-                self._send_body(stream_id, stream)
+    def _on_body_sent(self, stream_id: int, stream: _Stream) -> None:
+        """The stream stays where it is, until its answer has come."""
 
     def _note_opened(self, now: float, first: int, last: int) -> None:
         opened = self._opened
@@ -517,25 +492,6 @@ class ClientConnection(Connection):
         keys = self._drop(stream_id)
         if keys:
             events.append(Unknown(keys, f"a malformed answer: {fault}"))
-
-    def _on_window(self, stream_id: int, increment: int) -> None:
-        if stream_id:
-            stream = self._streams.get(stream_id)
-            if stream is None:
-                return  # all of its body is out
-            stream.window += increment
-            if stream.window > f.MAX_WINDOW:
-                raise StreamFault(ErrorCode.FLOW_CONTROL_ERROR, "a stream's window grew past 2**31-1")
-            if stream.unsent:
-                self._send_body(stream_id, stream)
-        elif self._blocked:
-            self._send_blocked()
-
-    def _on_initial_window(self, change: int) -> None:
-        for stream in self._streams.values():
-            stream.window += change
-            if stream.window > f.MAX_WINDOW:
-                raise ConnectionFault(ErrorCode.FLOW_CONTROL_ERROR, "a stream's window grew past 2**31-1")
 
     def _enable_push(self, value: int) -> None:
         if value:

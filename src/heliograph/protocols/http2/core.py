@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections import deque
 from struct import unpack
+from typing import Generic, TypeVar
 
 from msgspec import Struct
 
@@ -90,7 +91,22 @@ class _Block:
         self.started = now
 
 
-class Connection:
+class Outgoing:
+    """What of a stream concerns sending: the body that windows hold back."""
+
+    __slots__ = ("unsent", "window")
+
+    def __init__(self, unsent: bytes | None, window: int) -> None:
+        self.unsent = unsent
+        """What is left of the body; None while there is no body to send."""
+        self.window = window
+        """How much the peer allows on this stream; it may fall below 0 (section 6.9.2)."""
+
+
+Stream = TypeVar("Stream", bound=Outgoing)
+
+
+class Connection(Generic[Stream]):
     """The shared half of `ClientConnection` and `ServerConnection`; not for use by itself."""
 
     _RECV_WINDOW = 1 << 20
@@ -113,6 +129,10 @@ class Connection:
         self._settled = False
         """The peer's first SETTINGS came."""
         self._acks_due: deque[dict[int, int]] = deque((our_settings,))
+        self._streams: dict[int, Stream] = {}
+        """Open streams by id; a role may keep others elsewhere."""
+        self._blocked: dict[int, None] = {}
+        """Streams whose body waits for a window, in order."""
         self._send_window = f.DEFAULT_WINDOW
         self._recv_window = self._RECV_WINDOW
         self._peer_window = f.DEFAULT_WINDOW
@@ -141,11 +161,8 @@ class Connection:
     def _on_stream_fault(self, stream_id: int, fault: StreamFault, events: list[Event]) -> None:
         raise NotImplementedError
 
-    def _on_window(self, stream_id: int, increment: int) -> None:
-        """A stream's window opened by `increment`, or the connection's (stream 0: octets may flow again)."""
-        raise NotImplementedError
-
-    def _on_initial_window(self, change: int) -> None:
+    def _on_body_sent(self, stream_id: int, stream: Stream) -> None:
+        """All of a body is out."""
         raise NotImplementedError
 
     def _on_goaway(self, event: GoAway, events: list[Event]) -> None:
@@ -350,7 +367,7 @@ class Connection:
                 raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "WINDOW_UPDATE on an idle stream")
             if not increment:
                 raise StreamFault(ErrorCode.PROTOCOL_ERROR, "WINDOW_UPDATE of 0")
-            self._on_window(stream_id, increment)
+            self._on_stream_window(stream_id, increment)
             return
         if not increment:
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "WINDOW_UPDATE of 0")
@@ -359,7 +376,7 @@ class Connection:
             raise ConnectionFault(ErrorCode.FLOW_CONTROL_ERROR, "the connection's window grew past 2**31-1")
         if self._send_window - increment <= 0:
             events.append(WindowOpened())
-        self._on_window(0, increment)
+        self._send_blocked()
 
     def _settings_frame(self, flags: int, stream_id: int, payload: bytes, now: float, events: list[Event]) -> None:
         self._need_connection(stream_id)
@@ -376,7 +393,7 @@ class Connection:
             self._setting(*unpack(">HI", payload[place : place + 6]))
         self._settled = True
         self._out.append(f.SETTINGS_ACK)
-        self._on_window(0, 0)
+        self._send_blocked()
         events.append(SettingsChanged(self._peer_streams))
 
     def _setting(self, key: int, value: int) -> None:
@@ -435,6 +452,49 @@ class Connection:
         """Priorities are ignored (RFC 9113, section 5.3.2), nonsense is not: RFC 7540, section 5.3.1."""
         if int.from_bytes(priority[:4], "big") & NO_LIMIT == stream_id:
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "a stream that depends on itself")
+
+    # -- bodies, as windows allow --------------------------------------------------------------------------------
+
+    def _send_body(self, stream_id: int, stream: Stream) -> None:
+        """Send what windows allow of a body; what is left waits in `_blocked`."""
+        while stream.unsent and (size := min(len(stream.unsent), stream.window, self._send_window)) > 0:
+            size = min(size, self._peer_frame)
+            chunk, stream.unsent = stream.unsent[:size], stream.unsent[size:]
+            stream.window -= size
+            self._send_window -= size
+            self._out.append(f.frame(f.DATA, 0 if stream.unsent else f.END_STREAM, stream_id, chunk))
+        if stream.unsent:
+            self._blocked[stream_id] = None
+        else:
+            self._blocked.pop(stream_id, None)
+            self._on_body_sent(stream_id, stream)
+
+    def _send_blocked(self) -> None:
+        """The connection's window opened, or those of all streams."""
+        for stream_id in list(self._blocked):
+            if self._send_window <= 0:
+                return
+            stream = self._streams.get(stream_id)
+            if stream is None:
+                del self._blocked[stream_id]
+            else:
+                self._send_body(stream_id, stream)
+
+    def _on_stream_window(self, stream_id: int, increment: int) -> None:
+        stream = self._streams.get(stream_id)
+        if stream is None:  # closed, or nothing is left to send
+            return
+        stream.window += increment
+        if stream.window > f.MAX_WINDOW:
+            raise StreamFault(ErrorCode.FLOW_CONTROL_ERROR, "a stream's window grew past 2**31-1")
+        if stream.unsent:
+            self._send_body(stream_id, stream)
+
+    def _on_initial_window(self, change: int) -> None:
+        for stream in self._streams.values():
+            stream.window += change
+            if stream.window > f.MAX_WINDOW:
+                raise ConnectionFault(ErrorCode.FLOW_CONTROL_ERROR, "a stream's window grew past 2**31-1")
 
     # -- budgets and ends ----------------------------------------------------------------------------------------
 

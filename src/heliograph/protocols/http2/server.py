@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from heliograph.protocols.http2 import frames as f
-from heliograph.protocols.http2.core import Connection, ConnectionFault, Limits, StreamFault
+from heliograph.protocols.http2.core import Connection, ConnectionFault, Limits, Outgoing, StreamFault
 from heliograph.protocols.http2.events import Cancelled, Event, Failed, GoAway, Request
 from heliograph.protocols.http2.fields import Malformed, check_request, check_trailers
 from heliograph.protocols.http2.frames import ErrorCode
@@ -46,14 +46,14 @@ def _name_octets(name: bytes) -> bytes:
     return encode_static([(name, b"?")])[:-2]
 
 
-class _Stream:
+class _Stream(Outgoing):
     """A stream that is open in one direction at least."""
 
-    __slots__ = ("began", "body", "expected", "fields", "received", "reported", "unsent", "whole", "window")
+    __slots__ = ("began", "body", "expected", "fields", "received", "reported", "whole")
 
     def __init__(self, fields: list[Field], window: int, now: float) -> None:
+        super().__init__(None, window)
         self.fields = fields
-        self.window = window
         self.began = now
         self.body = b""
         self.received = 0
@@ -62,11 +62,9 @@ class _Stream:
         self.reported = False
         self.whole = False
         """The client ended its side."""
-        self.unsent: bytes | None = None
-        """What is left of an answer's body; None while there is no answer."""
 
 
-class ServerConnection(Connection):
+class ServerConnection(Connection[_Stream]):
     """One connection from a client."""
 
     def __init__(
@@ -79,9 +77,6 @@ class ServerConnection(Connection):
             max_body=max_body,
         )
         self._greeted = False
-        self._streams: dict[int, _Stream] = {}
-        self._blocked: dict[int, None] = {}
-        """Streams whose answer waits for a window, in the order of the answers."""
         self._large: dict[int, int] = {}
         """Octets of large header blocks, by stream; may hold streams that have ended."""
         self._highest = 0
@@ -126,30 +121,8 @@ class ServerConnection(Connection):
                 stream.began = self._now
                 self._send_body(stream_id, stream)
 
-    def _send_body(self, stream_id: int, stream: _Stream) -> None:
-        """Send what windows allow of an answer's body; what is left waits in `_blocked`."""
-        while stream.unsent and (size := min(len(stream.unsent), stream.window, self._send_window)) > 0:
-            size = min(size, self._peer_frame)
-            chunk, stream.unsent = stream.unsent[:size], stream.unsent[size:]
-            stream.window -= size
-            self._send_window -= size
-            self._out.append(f.frame(f.DATA, 0 if stream.unsent else f.END_STREAM, stream_id, chunk))
-        if stream.unsent:
-            self._blocked[stream_id] = None
-        else:
-            self._blocked.pop(stream_id, None)
-            self._answered(stream_id, stream)
-
-    def _send_blocked(self) -> None:
-        """The connection's window opened, or those of all streams."""
-        for stream_id in list(self._blocked):
-            if self._send_window <= 0:
-                return
-            stream = self._streams.get(stream_id)
-            if stream is None:
-                del self._blocked[stream_id]
-            else:
-                self._send_body(stream_id, stream)
+    def _on_body_sent(self, stream_id: int, stream: _Stream) -> None:
+        self._answered(stream_id, stream)
 
     def _answered(self, stream_id: int, stream: _Stream) -> None:
         del self._streams[stream_id]
@@ -311,25 +284,6 @@ class ServerConnection(Connection):
         stream = self._streams.pop(stream_id, None)
         if stream is not None and stream.reported:
             events.append(Cancelled(stream_id, code))
-
-    def _on_window(self, stream_id: int, increment: int) -> None:
-        if stream_id:
-            stream = self._streams.get(stream_id)
-            if stream is None:
-                return
-            stream.window += increment
-            if stream.window > f.MAX_WINDOW:
-                raise StreamFault(ErrorCode.FLOW_CONTROL_ERROR, "a stream's window grew past 2**31-1")
-            if stream.unsent:
-                self._send_body(stream_id, stream)
-        elif self._blocked:
-            self._send_blocked()
-
-    def _on_initial_window(self, change: int) -> None:
-        for stream in self._streams.values():
-            stream.window += change
-            if stream.window > f.MAX_WINDOW:
-                raise ConnectionFault(ErrorCode.FLOW_CONTROL_ERROR, "a stream's window grew past 2**31-1")
 
     def _settings_acknowledged(self, values: dict[int, int]) -> None:
         self._acknowledged = True
