@@ -1,8 +1,7 @@
 """Queue and Store in one SQLite file: one writer thread with group commit, one reader thread beside it.
 
-Callers hand functions to the writer. It runs all that wait in one transaction, commits (WAL, synchronous=FULL: then the
-data is on disk) and answers them together. What comes in during one commit is the next group; nothing waits for a group
-to grow. Readers see the last commit and do not wait for the next.
+The writer (`group_commit`) commits what waits in one transaction, in WAL with synchronous=FULL. Readers see the last
+commit and do not wait for the next.
 
 One process a file, by a kernel lock on `<path>.lock`. Two things follow. A lease found on opening belongs to a dead
 process and is void at once. And time is counted from the opening by the monotonic clock: setting the machine's clock
@@ -19,7 +18,6 @@ import fcntl
 import hashlib
 import math
 import os
-import queue
 import re
 import threading
 import time
@@ -37,9 +35,9 @@ import msgspec
 from heliograph.errors import Overloaded, StoreBusy, StoreError
 from heliograph.model import Batch, Detail, Environment, Lease, LeaseEnd, Outcomes, Receipt, Removal, State
 from heliograph.stores.body import pack, unpack
+from heliograph.stores.group_commit import Work, Writer, closed_error, store_error
 
 A = TypeVar("A")
-T = TypeVar("T")
 Row = tuple[Any, ...]
 
 RETRY_AFTER_S = 5.0
@@ -181,10 +179,10 @@ class SqliteStore:
                 self._reader = undo.enter_context(contextlib.closing(_connect(path)))
                 self._reader.pragma("query_only", value=True)
             except (apsw.Error, OSError) as error:
-                raise _store_error(path, error) from error
+                raise store_error(path, error) from error
             self._opened = undo.pop_all()
         self._readers = ThreadPoolExecutor(1, "heliograph-sqlite-reader")
-        self._writer = _Writer(writer, path, waiting, self._takers.wake)
+        self._writer = Writer(writer, path, waiting, self._takers.wake)
 
     @property
     def commits(self) -> int:
@@ -291,10 +289,10 @@ class SqliteStore:
             try:
                 return self._reader.execute(sql, bindings).fetchall()
             except apsw.Error as error:
-                raise _store_error(self._path, error) from error
+                raise store_error(self._path, error) from error
 
         if self._writer.closed:
-            raise _closed(self._path)
+            raise closed_error(self._path)
         return await asyncio.get_running_loop().run_in_executor(self._readers, read)
 
     async def _take(self, limit: int) -> tuple[list[Row], float]:
@@ -327,7 +325,7 @@ class SqliteStore:
                 self._run_unattended(self._finish, [(key, attempt, None)])
         return leases
 
-    def _run_unattended(self, work: _Work[A, Any], argument: A, *, wakes: bool = False) -> None:
+    def _run_unattended(self, work: Work[A, Any], argument: A, *, wakes: bool = False) -> None:
         """Where this fails, the lease that it was to end runs out, or is void on the next opening."""
         with contextlib.suppress(StoreError):
             done = self._writer.run(work, argument, wakes=wakes)
@@ -338,7 +336,7 @@ class SqliteStore:
         self._writer.join()
         self._opened.close()
 
-    # What the writer does, each for all calls of a group (see `_Work`)
+    # What the writer does, each for all calls of a group (see `group_commit.Work`)
 
     def _put(self, db: apsw.Connection, calls: Sequence[list[Row]]) -> list[Overloaded | None]:
         answers: list[Overloaded | None] = []
@@ -377,148 +375,6 @@ class SqliteStore:
         ended = _write_rows(db, _FINISH, list(chain.from_iterable(calls)))
         self._writer.counted -= sum(size for (size,) in ended)
         return [None] * len(calls)
-
-
-_Work = Callable[[apsw.Connection, Sequence[A]], Sequence[T]]
-"""Something to do on the writer's connection for several calls at once: their arguments in, their answers out."""
-
-
-class _Operation:
-    """What one caller wants of the writer, and where the answer goes."""
-
-    __slots__ = ("answer", "argument", "error", "future", "wakes", "work")
-
-    def __init__(self, work: _Work[A, T], argument: A, future: asyncio.Future[T], *, wakes: bool) -> None:
-        self.work: _Work[Any, Any] = work
-        self.argument = argument
-        self.future = future
-        self.wakes = wakes
-        self.answer: Any = None
-        self.error: Exception | None = None
-
-
-class _Writer:
-    """The connection that writes, its thread, and group commit.
-
-    An operation that fails fails alone: the group's two halves are tried again, each in a transaction of its own, and
-    so on down to the one at fault. When the commit itself fails, nothing of the group has happened.
-    """
-
-    def __init__(self, db: apsw.Connection, path: Path, waiting: int, wake: Callable[[], None]) -> None:
-        self.commits = 0
-        self.waiting = waiting
-        self.counted = waiting
-        """`waiting` as the transaction under way will leave it; operations count here."""
-        self.closed = False
-        self._db = db
-        self._path = path
-        self._wake = wake
-        self._gate = threading.Lock()
-        self._operations: queue.SimpleQueue[_Operation | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name="heliograph-sqlite-writer", daemon=True)
-        self._thread.start()
-
-    def run(self, work: _Work[A, T], argument: A, *, wakes: bool = False) -> asyncio.Future[T]:
-        """Have `work` done for `argument` with the next group; the future ends when that is on disk.
-
-        What a group wants of the same `work` is one call of it. A call may be repeated, each time on a clean slate.
-        `wakes`: afterwards something may be due.
-        """
-        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        with self._gate:  # so that nothing comes in behind the None that ends the thread
-            if self.closed:
-                raise _closed(self._path)
-            self._operations.put(_Operation(work, argument, future, wakes=wakes))
-        return future
-
-    def close(self) -> None:
-        """Let the thread end after what it was given so far. May be called again."""
-        with self._gate:
-            if not self.closed:
-                self.closed = True
-                self._operations.put(None)
-
-    def join(self) -> None:
-        self._thread.join()
-
-    def _work(self) -> None:
-        ending = False
-        while not ending:
-            taken = [self._operations.get()]
-            taken += [self._operations.get() for _ in range(self._operations.qsize())]
-            group = [operation for operation in taken if operation is not None]
-            ending = len(group) < len(taken)
-            self._commit(group)
-            if any(operation.wakes for operation in group):
-                self._wake()
-            _answer(group)
-        with contextlib.suppress(apsw.Error):  # a reader from outside may be in the way: the log is as good as the file
-            self._db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
-
-    def _commit(self, group: Sequence[_Operation]) -> None:
-        if not group:
-            return
-        self.counted = self.waiting
-        changes = self._db.total_changes()
-        try:
-            self._db.execute("BEGIN IMMEDIATE")
-            fault = self._try(group)
-            if fault is None:
-                self._db.execute("COMMIT")
-            self._roll_back()
-        except apsw.Error as error:
-            self._roll_back()
-            for operation in group:
-                operation.error = _store_error(self._path, error)
-            return
-        if fault is None:
-            self.waiting = self.counted
-            self.commits += self._db.total_changes() != changes
-        elif len(group) == 1:
-            group[0].error = _store_error(self._path, fault) if isinstance(fault, apsw.Error) else fault
-        else:
-            half = len(group) // 2
-            self._commit(group[:half])
-            self._commit(group[half:])
-
-    def _try(self, group: Sequence[_Operation]) -> Exception | None:
-        """Do all of the group; what went wrong, if anything did."""
-        works: dict[_Work[Any, Any], list[_Operation]] = {}
-        for operation in group:
-            works.setdefault(operation.work, []).append(operation)
-        try:
-            for work, operations in works.items():
-                answers = work(self._db, [operation.argument for operation in operations])
-                for operation, answer in zip(operations, answers, strict=True):
-                    operation.answer = answer
-        except Exception as error:  # noqa: BLE001 - it is the caller's, who gets it
-            return error
-        return None
-
-    def _roll_back(self) -> None:
-        if self._db.in_transaction:  # some errors have rolled back already
-            with contextlib.suppress(apsw.Error):  # then BEGIN will say so to everyone
-                self._db.execute("ROLLBACK")
-
-
-def _answer(group: Sequence[_Operation]) -> None:
-    """Wake each event loop once for all that it waits for."""
-    loops: dict[asyncio.AbstractEventLoop, list[_Operation]] = {}
-    for operation in group:
-        loops.setdefault(operation.future.get_loop(), []).append(operation)
-    for loop, operations in loops.items():
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            loop.call_soon_threadsafe(_resolve, operations)
-
-
-def _resolve(operations: Sequence[_Operation]) -> None:
-    for operation in operations:
-        if operation.future.done():  # its caller was cancelled
-            continue
-        if operation.error is None:
-            operation.future.set_result(operation.answer)
-        else:
-            operation.future.set_exception(operation.error)
 
 
 def _record(db: apsw.Connection, calls: Sequence[tuple[list[Row], list[Row]]]) -> list[None]:
@@ -772,20 +628,3 @@ def _make_directory(directory: Path) -> None:
         os.fsync(parent)
     finally:
         os.close(parent)
-
-
-def _closed(path: Path) -> StoreError:
-    return StoreError(f"{path} is closed.")
-
-
-def _store_error(path: Path, error: Exception) -> StoreError:
-    match error:
-        case apsw.FullError():
-            advice = "Make room on the disk; nothing needs a restart."
-        case apsw.CorruptError() | apsw.NotADBError():
-            advice = "The file is damaged or no SQLite file. Stop, keep a copy, restore the last good one."
-        case apsw.BusyError():
-            advice = "Another program is writing to the file. Stop that."
-        case _:
-            advice = "See whether the disk is sound and the file may be written."
-    return StoreError(f"{path}: {error}. {advice}")

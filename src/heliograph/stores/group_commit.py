@@ -1,0 +1,182 @@
+"""One thread that writes to SQLite, and group commit: what came in during one commit is the next one.
+
+Callers hand over functions with an argument. All that wait run in one transaction, which is committed once (with
+synchronous=FULL the data is then on disk), and are answered together. Nothing waits for a group to grow.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import apsw
+
+from heliograph.errors import StoreError
+
+A = TypeVar("A")
+T = TypeVar("T")
+
+Work = Callable[[apsw.Connection, Sequence[A]], Sequence[T]]
+"""Something to do on the writer's connection for several calls at once: their arguments in, their answers out."""
+
+
+class _Operation:
+    """What one caller wants of the writer, and where the answer goes."""
+
+    __slots__ = ("answer", "argument", "error", "future", "wakes", "work")
+
+    def __init__(self, work: Work[A, T], argument: A, future: asyncio.Future[T], *, wakes: bool) -> None:
+        self.work: Work[Any, Any] = work
+        self.argument = argument
+        self.future = future
+        self.wakes = wakes
+        self.answer: Any = None
+        self.error: Exception | None = None
+
+
+class Writer:
+    """The connection that writes, its thread, and group commit.
+
+    An operation that fails fails alone: the group's two halves are tried again, each in a transaction of its own, and
+    so on down to the one at fault. When the commit itself fails, nothing of the group has happened.
+    """
+
+    def __init__(self, db: apsw.Connection, path: Path, waiting: int, wake: Callable[[], None]) -> None:
+        self.commits = 0
+        self.waiting = waiting
+        self.counted = waiting
+        """`waiting` as the transaction under way will leave it; operations count here."""
+        self.closed = False
+        self._db = db
+        self._path = path
+        self._wake = wake
+        self._gate = threading.Lock()
+        self._operations: queue.SimpleQueue[_Operation | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="heliograph-sqlite-writer", daemon=True)
+        self._thread.start()
+
+    def run(self, work: Work[A, T], argument: A, *, wakes: bool = False) -> asyncio.Future[T]:
+        """Have `work` done for `argument` with the next group; the future ends when that is on disk.
+
+        What a group wants of the same `work` is one call of it. A call may be repeated, each time on a clean slate.
+        `wakes`: afterwards something may be due.
+        """
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        with self._gate:  # so that nothing comes in behind the None that ends the thread
+            if self.closed:
+                raise closed_error(self._path)
+            self._operations.put(_Operation(work, argument, future, wakes=wakes))
+        return future
+
+    def close(self) -> None:
+        """Let the thread end after what it was given so far. May be called again."""
+        with self._gate:
+            if not self.closed:
+                self.closed = True
+                self._operations.put(None)
+
+    def join(self) -> None:
+        self._thread.join()
+
+    def _work(self) -> None:
+        ending = False
+        while not ending:
+            taken = [self._operations.get()]
+            taken += [self._operations.get() for _ in range(self._operations.qsize())]
+            group = [operation for operation in taken if operation is not None]
+            ending = len(group) < len(taken)
+            self._commit(group)
+            if any(operation.wakes for operation in group):
+                self._wake()
+            _answer(group)
+        with contextlib.suppress(apsw.Error):  # a reader from outside may be in the way: the log is as good as the file
+            self._db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+
+    def _commit(self, group: Sequence[_Operation]) -> None:
+        if not group:
+            return
+        self.counted = self.waiting
+        changes = self._db.total_changes()
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            fault = self._try(group)
+            if fault is None:
+                self._db.execute("COMMIT")
+            self._roll_back()
+        except apsw.Error as error:
+            self._roll_back()
+            for operation in group:
+                operation.error = store_error(self._path, error)
+            return
+        if fault is None:
+            self.waiting = self.counted
+            self.commits += self._db.total_changes() != changes
+        elif len(group) == 1:
+            group[0].error = store_error(self._path, fault) if isinstance(fault, apsw.Error) else fault
+        else:
+            half = len(group) // 2
+            self._commit(group[:half])
+            self._commit(group[half:])
+
+    def _try(self, group: Sequence[_Operation]) -> Exception | None:
+        """Do all of the group; what went wrong, if anything did."""
+        works: dict[Work[Any, Any], list[_Operation]] = {}
+        for operation in group:
+            works.setdefault(operation.work, []).append(operation)
+        try:
+            for work, operations in works.items():
+                answers = work(self._db, [operation.argument for operation in operations])
+                for operation, answer in zip(operations, answers, strict=True):
+                    operation.answer = answer
+        except Exception as error:  # noqa: BLE001 - it is the caller's, who gets it
+            return error
+        return None
+
+    def _roll_back(self) -> None:
+        if self._db.in_transaction:  # some errors have rolled back already
+            with contextlib.suppress(apsw.Error):  # then BEGIN will say so to everyone
+                self._db.execute("ROLLBACK")
+
+
+def _answer(group: Sequence[_Operation]) -> None:
+    """Wake each event loop once for all that it waits for."""
+    loops: dict[asyncio.AbstractEventLoop, list[_Operation]] = {}
+    for operation in group:
+        loops.setdefault(operation.future.get_loop(), []).append(operation)
+    for loop, operations in loops.items():
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(_resolve, operations)
+
+
+def _resolve(operations: Sequence[_Operation]) -> None:
+    for operation in operations:
+        if operation.future.done():  # its caller was cancelled
+            continue
+        if operation.error is None:
+            operation.future.set_result(operation.answer)
+        else:
+            operation.future.set_exception(operation.error)
+
+
+def closed_error(path: Path) -> StoreError:
+    """The store was closed."""
+    return StoreError(f"{path} is closed.")
+
+
+def store_error(path: Path, error: Exception) -> StoreError:
+    """What SQLite says, and what to do about it."""
+    match error:
+        case apsw.FullError():
+            advice = "Make room on the disk; nothing needs a restart."
+        case apsw.CorruptError() | apsw.NotADBError():
+            advice = "The file is damaged or no SQLite file. Stop, keep a copy, restore the last good one."
+        case apsw.BusyError():
+            advice = "Another program is writing to the file. Stop that."
+        case _:
+            advice = "See whether the disk is sound and the file may be written."
+    return StoreError(f"{path}: {error}. {advice}")
