@@ -621,7 +621,9 @@ def _program() -> str:
     here = Path(sys.argv[0]).absolute()
     if here.name == "__main__.py":
         return f"{sys.executable} -m heliograph"
-    return str(here.relative_to(Path.cwd())) if here.is_relative_to(Path.cwd()) else str(here)
+    if here.parent.parent.name == ".venv" and (here.parents[2] / "run").exists():
+        here = here.parents[2] / "run"
+    return f"./{here.relative_to(Path.cwd())}" if here.is_relative_to(Path.cwd()) else str(here)
 
 
 def _expected(error: BaseException) -> HeliographError | BrokenPipeError | None:
