@@ -17,12 +17,13 @@ import random
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+import structlog
 from msgspec import Struct
 from msgspec.structs import replace
 
 from heliograph import admission, policy
 from heliograph.batches import make_batches, new_batch_id, parse_id
-from heliograph.errors import NotConnected, Refused
+from heliograph.errors import NotConnected, Refused, StoreError
 from heliograph.model import (
     ACCEPTED,
     Answered,
@@ -44,10 +45,14 @@ from heliograph.model import (
 from heliograph.ports import Carrier, Queue, Store
 from heliograph.telemetry import Telemetry
 
+_log = structlog.get_logger("heliograph.relay")
+
 _LEASES = 64
 """Batches leased at a time; enough that single notifications share a lease's write, few enough to bound memory."""
 _SETTLE_S = 0.005
 """Pause between two rounds of settling: what is learnt meanwhile shares a write."""
+_STORE_PAUSE_S = 1.0
+"""Pause after the store failed; what was learnt is kept meanwhile."""
 _ELSEWHERE_S = 1.0
 """Pause before what came back unprocessed twice is tried again: then it is not the one connection that is at fault."""
 
@@ -248,10 +253,19 @@ class Relay:
     # -- work ----------------------------------------------------------------------------------------------------
 
     async def work(self) -> None:
-        """Lease and carry until cancelled. One task runs it."""
+        """Lease and carry until cancelled. One task runs it.
+
+        A store that fails lends nothing, so nothing is sent whose outcome could not be recorded.
+        """
         while True:
             room = await self._carrier.ready()
-            for lease in await self._queue.take(min(_LEASES, room)):
+            try:
+                leases = await self._queue.take(min(_LEASES, room))
+            except StoreError as error:
+                _log.error("cannot_lease", why=str(error))
+                await asyncio.sleep(_STORE_PAUSE_S)
+                continue
+            for lease in leases:
                 self._begin(lease)
 
     def _begin(self, lease: Lease) -> None:
@@ -352,7 +366,12 @@ class Relay:
         """Record what is learnt, then end leases that are complete, until cancelled. One task runs it."""
         while True:
             await self._news.wait()
-            await self._settle_once()
+            try:
+                await self._settle_once()
+            except StoreError as error:
+                _log.error("cannot_record", why=str(error), batches=len(self._dirty))
+                await asyncio.sleep(_STORE_PAUSE_S)
+                self._news.set()
             await asyncio.sleep(_SETTLE_S)
 
     async def _settle_once(self) -> None:

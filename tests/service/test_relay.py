@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from heliograph.carriers.apns import PoolSettings
-from heliograph.errors import NotConnected, Refused
+from heliograph.errors import NotConnected, Refused, StoreError
 from heliograph.model import Environment, Headers, PushType, State
 from heliograph.protocols.http2 import ErrorCode
 from heliograph.simulator.faults import Answer
 from heliograph.simulator.server import Simulator
+from heliograph.stores.sqlite import SqliteStore
 from tests.service.house import APP, HEADERS, PAYLOAD, TOPIC, House, open_house, token
 
 
@@ -184,6 +185,35 @@ async def test_a_clean_stop_while_sending_loses_nothing_and_duplicates_nothing(
     async with open_house(tmp_path, apple) as house:
         assert {receipt.state for receipt in await house.receipts(ids)} == {State.ACCEPTED}
     assert sorted(each.id for each in apple.received) == sorted(ids)
+
+
+async def test_a_full_disk_stops_sending_and_room_lets_it_go_on(house: House) -> None:
+    ids = await house.push([token(number) for number in range(10)])
+    await house.receipts(ids)
+    house.apple.clear_received()
+    waiting = await house.admit([token(number) for number in range(1000)])
+    large = await house.admit(
+        [token(number) for number in range(1000)], [b'{"aps":{},"x":"' + b"x" * 400 + b'"}'] * 1000
+    )
+    await house.relay.enqueue(waiting)
+    await _limit_pages(house.store, None)
+    for _ in range(20):
+        with pytest.raises(StoreError, match="Make room"):
+            await house.relay.enqueue(large)
+    await _limit_pages(house.store, 1_000_000)
+    await house.receipts([f"{waiting[0].id}{place:04x}" for place in range(1, 1001)])
+    await house.relay.enqueue(large)
+    await house.receipts([f"{large[0].id}{place:04x}" for place in range(1, 1001)])
+    assert {each.id for each in house.apple.received} == {
+        f"{batch.id}{place:04x}" for batch in (waiting[0], large[0]) for place in range(1, 1001)
+    }
+
+
+async def _limit_pages(store: SqliteStore, pages: int | None) -> None:
+    """Let the file have so many pages; None: as many as it has."""
+    await store._writer.run(
+        lambda db, calls: [db.pragma("max_page_count", pages or db.pragma("page_count")) for _ in calls], None
+    )
 
 
 async def test_send_returns_apples_answer_for_one_and_for_many_at_once(house: House) -> None:
