@@ -415,8 +415,9 @@ async def test_a_body_announced_as_too_long_is_refused_before_it_is_sent(running
     head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {running.key}\r\nContent-Length: 9000000\r\n\r\n"
     writer.write(head.encode())
     async with asyncio.timeout(PATIENCE_S):
-        assert await reader.readline() == b"HTTP/1.1 413 Request Entity Too Large\r\n"
+        assert (await reader.readline()).startswith(b"HTTP/1.1 413 ")
     writer.close()
+    await writer.wait_closed()
 
 
 async def test_a_body_that_turns_out_too_long_is_refused(caller: Caller) -> None:
