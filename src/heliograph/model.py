@@ -120,7 +120,7 @@ class Detail(Struct, frozen=True, omit_defaults=True):
 
     index: int
     reason: str | None = None
-    """Apple's word (`BadDeviceToken`), or ours where Apple said nothing (`ConnectionLost`)."""
+    """Apple's word (`BadDeviceToken`), or ours where Apple said nothing (`NotProcessed`, `NoAnswer`, `TooLate`)."""
     status: int | None = None
     """Apple's HTTP status."""
     since: int | None = None
@@ -130,6 +130,8 @@ class Detail(Struct, frozen=True, omit_defaults=True):
     attempts: int = 1
     due_at: float | None = None
     """UNIX seconds of the next try of a deferred one."""
+    why: str | None = None
+    """What happened, in a sentence, where Apple said nothing."""
 
 
 class Outcomes(Struct, frozen=True):
@@ -161,6 +163,8 @@ class Receipt(Struct, frozen=True):
     unique_id: str | None = None
     attempts: int = 0
     next_attempt_at: float | None = None
+    why: str | None = None
+    """What happened, in a sentence, where Apple said nothing."""
 
 
 class Removal(Struct, frozen=True):

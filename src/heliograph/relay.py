@@ -331,15 +331,7 @@ class Relay:
                 expiration=progress.headers(index).expiration,
                 random=random.random(),  # noqa: S311 - spreads retries, guards nothing
             )
-            answer = outcome if isinstance(outcome, Answered) else Answered(0)
-            detail = Detail(
-                index,
-                reason=decision.reason,
-                status=answer.status or None,
-                since=answer.since,
-                unique_id=answer.unique_id,
-                attempts=attempts,
-            )
+            detail = _detail(index, outcome, decision, attempts)
             if isinstance(decision, policy.End):
                 progress.set_state((index,), decision.state, now)
                 if decision.removed_since is not None:
@@ -454,6 +446,20 @@ def _resolve(futures: Sequence[asyncio.Future[Outcome]]) -> Callable[[Sequence[i
                 future.set_result(outcome)
 
     return report
+
+
+def _detail(index: int, outcome: Outcome, decision: policy.Decision, attempts: int) -> Detail:
+    if isinstance(outcome, Answered):
+        return Detail(
+            index,
+            reason=decision.reason,
+            status=outcome.status,
+            since=outcome.since,
+            unique_id=outcome.unique_id,
+            attempts=attempts,
+        )
+    word = "NotProcessed" if isinstance(outcome, NotProcessed) else "NoAnswer"
+    return Detail(index, reason=word, why=outcome.why, attempts=attempts)
 
 
 def _due_at(detail: Detail | None) -> float:

@@ -65,7 +65,7 @@ class StoreContract:
         await queue.put([batch])
         await queue.take(1)
         dead = Detail(1, "Unregistered", 410, since=1_600_000_000_123, attempts=2)
-        waits = Detail(2, "TooManyRequests", 429, unique_id="9c01", attempts=3, due_at=START + 30)
+        waits = Detail(2, "TooManyRequests", 429, unique_id="9c01", attempts=3, due_at=START + 30, why="busy")
         states = [State.ACCEPTED, State.REJECTED, State.QUEUED, State.QUEUED]
         await store.record([outcomes(batch, states, dead, waits)], [])
         found = await store.find_receipts([batch.id + place for place in ("0001", "0002", "0003", "0004")])
@@ -93,6 +93,7 @@ class StoreContract:
                 unique_id="9c01",
                 attempts=3,
                 next_attempt_at=START + 30,
+                why="busy",
             ),
             Receipt(batch.id + "0004", "späti", State.QUEUED, START),
         ]

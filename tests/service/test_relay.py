@@ -138,6 +138,18 @@ async def test_an_unknown_outcome_is_tried_again_with_the_same_id(house: House) 
     assert [each.id for each in house.apple.received] == [notification_id]
 
 
+async def test_what_cannot_be_sent_says_why_in_its_receipt(tmp_path: Path) -> None:
+    async with Simulator() as gone:
+        pass
+    settings = PoolSettings(patience_s=0.2, backoff_s=0.1)
+    async with open_house(tmp_path, gone, settings=settings) as house:
+        (notification_id,) = await house.push([token(1)])
+        (receipt,) = await house.receipts([notification_id], lambda receipt: receipt.reason is not None)
+    assert (receipt.state, receipt.reason, receipt.attempts) == (State.QUEUED, "NotProcessed", 1)
+    assert receipt.why is not None
+    assert receipt.why.startswith("cannot connect to localhost")
+
+
 async def test_a_connection_that_hangs_up_is_replaced_and_nothing_is_lost(house: House) -> None:
     ids = await house.push([token(0)])
     await house.receipts(ids)

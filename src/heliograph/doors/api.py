@@ -639,7 +639,7 @@ def _meaning(receipt: Receipt) -> str:
         return meaning
     if receipt.status is not None:
         return f"{meaning} {reasons.find(receipt.reason, receipt.status).meaning}"
-    return f"{meaning} The last try failed: {receipt.reason}." if receipt.state is State.QUEUED else meaning
+    return f"{meaning} The last try failed: {receipt.why or receipt.reason}."
 
 
 def _rfc3339(at: float) -> str:

@@ -498,6 +498,7 @@ def _receipt(id: str, row: Row, details: dict[int, Detail]) -> Receipt | None:
         created_at,
         updated_at,
         reason=detail.reason,
+        why=detail.why,
         status=detail.status,
         since=detail.since,
         unique_id=detail.unique_id,

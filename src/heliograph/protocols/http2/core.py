@@ -17,6 +17,7 @@ connection's is opened again as octets come.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from struct import unpack
 from typing import Generic, TypeVar
@@ -106,7 +107,7 @@ class Outgoing:
 Stream = TypeVar("Stream", bound=Outgoing)
 
 
-class Connection(Generic[Stream]):
+class Connection(ABC, Generic[Stream]):
     """The shared half of `ClientConnection` and `ServerConnection`; not for use by itself."""
 
     _RECV_WINDOW = 1 << 20
@@ -148,33 +149,33 @@ class Connection(Generic[Stream]):
 
     # -- what a role fills in ------------------------------------------------------------------------------------
 
+    @abstractmethod
     def _on_message(self, stream_id: int, flags: int, fields: list[Field] | None, events: list[Event]) -> None:
         """A header block that ended; `fields` is None where the list was larger than we allow."""
-        raise NotImplementedError
 
-    def _on_data(self, stream_id: int, flags: int, data: bytes, charged: int, events: list[Event]) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _on_data(self, stream_id: int, flags: int, data: bytes, charged: int, events: list[Event]) -> None: ...
 
-    def _on_reset(self, stream_id: int, code: int, events: list[Event]) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _on_reset(self, stream_id: int, code: int, events: list[Event]) -> None: ...
 
-    def _on_stream_fault(self, stream_id: int, fault: StreamFault, events: list[Event]) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _on_stream_fault(self, stream_id: int, fault: StreamFault, events: list[Event]) -> None: ...
 
+    @abstractmethod
     def _on_body_sent(self, stream_id: int, stream: Stream) -> None:
         """All of a body is out."""
-        raise NotImplementedError
 
-    def _on_goaway(self, event: GoAway, events: list[Event]) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _on_goaway(self, event: GoAway, events: list[Event]) -> None: ...
 
+    @abstractmethod
     def _on_over(self, why: str, events: list[Event]) -> None:
         """The connection is over: end all streams."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _is_idle(self, stream_id: int) -> bool:
         """Never opened so far by either side (RFC 9113, section 5.1)."""
-        raise NotImplementedError
 
     # -- octets in, events out -----------------------------------------------------------------------------------
 
