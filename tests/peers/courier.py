@@ -132,7 +132,7 @@ def _requests(keys: list[int], book: Book) -> Requests:
         keys,
         [book.tokens[key].encode() for key in keys],
         [book.bodies[key % len(book.bodies)] for key in keys],
-        literals=((b"apns-priority", b"10"),),
+        literals=(((b"apns-priority", b"10"),),),
         prefixes=(PREFIX,),
         suffixes=[b"%012d" % key for key in keys],
     )

@@ -135,7 +135,7 @@ class Client(Session):
         template = Template(b"localhost", b"/3/device/", (), (b"apns-id",))
         paths, suffixes = [b"%064x" % key for key in keys], [b"%036d" % key for key in keys]
         now = asyncio.get_running_loop().time()
-        taken = self.link.core.submit(Requests(template, keys, paths, [body], (), (b"",), suffixes), now)
+        taken = self.link.core.submit(Requests(template, keys, paths, [body], ((),), (b"",), suffixes), now)
         self.link.flush()
         return taken
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -56,7 +57,11 @@ async def test_ten_thousand_notifications_are_each_accepted_once(house: House) -
 async def test_each_notification_keeps_its_own_payload_and_headers(house: House) -> None:
     count = 600
     payloads = [json.dumps({"aps": {"alert": f"number {number}"}}).encode() for number in range(count)]
-    headers = [Headers(TOPIC, collapse_id=f"game-{number}") for number in range(count)]
+    later = int(time.time()) + 3600
+    headers = [
+        Headers(TOPIC, collapse_id=f"game-{number}", expiration=later + number % 3, priority=5 if number % 7 else None)
+        for number in range(count)
+    ]
     ids = await house.push([token(number) for number in range(count)], payloads, headers)
     await house.receipts(ids)
     received = {each.id: each for each in house.apple.received}

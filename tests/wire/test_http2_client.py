@@ -83,7 +83,7 @@ def requests(
         keys,
         [token(key) for key in keys] if paths is None else paths,
         bodies,
-        literals,
+        (literals,),
         (ID,) * len(template.varying),
         [b"%04x" % key for key in keys],
     )
@@ -381,6 +381,31 @@ def test_ids_and_expiration_enter_the_table_by_name_once_and_are_literals_afterw
         assert sent.cost(b"apns-id") <= 3 + 36
 
 
+def test_each_request_can_have_literals_of_its_own(client: New) -> None:
+    own = [((b"apns-collapse-id", b"c" * (key % 64 + 1)),) if key % 3 else () for key in range(1, 200, 2)]
+    new = client().greeted()
+    keys = range(1, 200, 2)
+    new.submit(requests(keys)._replace(literals=own))
+    sent = new.sent()
+    assert [one.stream_id for one in sent] == list(keys)
+    for key, fields, one in zip(keys, own, sent, strict=True):
+        meant = dict(one.fields)
+        assert meant.get(b"apns-collapse-id") == dict(fields).get(b"apns-collapse-id")
+        assert meant[b":path"] == b"/3/device/" + token(key)
+        assert meant[b"apns-id"] == apns_id(key)
+        assert [name[:1] == b":" for name, _ in one.fields] == sorted(
+            (name[:1] == b":" for name in meant), reverse=True
+        )
+        assert (one.body, one.ended) == (BODY, True)
+
+
+def test_literals_of_its_own_that_need_more_than_a_frame_go_in_several(client: New) -> None:
+    own = [((b"x-long", b"l" * size),) for size in (10, 20_000, 30)]
+    new = client().greeted()
+    new.submit(requests([1, 3, 5])._replace(literals=own))
+    assert [dict(one.fields)[b"x-long"] for one in new.sent()] == [fields[0][1] for fields in own]
+
+
 def test_pseudo_fields_come_first(client: New) -> None:
     new = client().greeted()
     new.submit(requests([1, 3]))
@@ -391,7 +416,7 @@ def test_pseudo_fields_come_first(client: New) -> None:
 def test_two_varying_fields_get_the_same_suffix_under_their_own_prefixes(client: New) -> None:
     template = TEMPLATE._replace(varying=(b"apns-id", b"apns-collapse-id"))
     new = client().greeted()
-    new.submit(Requests(template, [1, 3], [b"aa", b"bb"], [BODY], (), (b"id-", b"collapse-"), [b"0001", b"0002"]))
+    new.submit(Requests(template, [1, 3], [b"aa", b"bb"], [BODY], ((),), (b"id-", b"collapse-"), [b"0001", b"0002"]))
     assert [one.fields[-2:] for one in new.sent()] == [
         [(b"apns-id", b"id-0001"), (b"apns-collapse-id", b"collapse-0001")],
         [(b"apns-id", b"id-0002"), (b"apns-collapse-id", b"collapse-0002")],

@@ -125,7 +125,7 @@ class ClientMeetsH2(RuleBasedStateMachine):
         literals: tuple[Field, ...] = ((b"x-long", b"l" * long),) if long else ()
         capacity = self.client.capacity
         taken = self.client.submit(
-            Requests(template, keys, ends, bodies, literals, prefixes, suffixes if prefixes else ()), self.now
+            Requests(template, keys, ends, bodies, (literals,), prefixes, suffixes if prefixes else ()), self.now
         )
         assert 0 <= taken <= min(count, capacity)
         for place, key in enumerate(keys[:taken]):
@@ -530,7 +530,7 @@ def test_no_stream_loses_its_deadline(answers: list[bytes]) -> None:
         if key == 2:
             for answer in answers:
                 assert client.receive(answer, 1.5) == []
-        assert client.submit(Requests(TEMPLATES[0], [key], [b"ab"], [b"{}"], (), (b"",), [b"1"]), float(key)) == 1
+        assert client.submit(Requests(TEMPLATES[0], [key], [b"ab"], [b"{}"], ((),), (b"",), [b"1"]), float(key)) == 1
     assert client.tick(30.0) == [Unknown([0], "no answer in time")]
 
 

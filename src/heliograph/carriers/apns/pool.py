@@ -12,11 +12,12 @@ import random
 import ssl
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
 import structlog
 from msgspec import Struct
+from msgspec.structs import replace
 
 from heliograph.carriers.apns.connection import NEW_S, Connection
 from heliograph.carriers.apns.credentials import TokenSource
@@ -34,6 +35,9 @@ _SUFFIXES = [b"%04x" % place for place in range(1, MAX_BATCH + 1)]
 _TOP_UP = 32
 """With more than this many streams open, a connection that is full waits until it can take so many at once."""
 _UNIQUE_ID = frozenset((b"apns-unique-id",))
+
+Literals = tuple[tuple[bytes, bytes], ...]
+"""Fields that may differ from one notification to the next."""
 
 
 class Endpoint(Struct, frozen=True):
@@ -69,13 +73,14 @@ class _Carried:
 
 
 class _Slice:
-    """Notifications of one batch with the same headers that wait for a stream, as columns."""
+    """Notifications of one batch with the same template that wait for a stream, as columns."""
 
-    __slots__ = ("bodies", "headers", "keys", "paths", "place", "prefixes", "since", "suffixes")
+    __slots__ = ("bodies", "headers", "keys", "literals", "paths", "place", "prefixes", "since", "suffixes")
 
     def __init__(
         self,
         headers: Headers,
+        literals: Sequence[Literals],
         prefix: bytes,
         keys: Sequence[int],
         paths: Sequence[bytes],
@@ -84,6 +89,8 @@ class _Slice:
         since: float,
     ) -> None:
         self.headers = headers
+        """What they share; expiration and collapse id are in `literals`, one entry for all or one each."""
+        self.literals = literals
         self.prefixes = (prefix, prefix) if headers.collapse_on_id else (prefix,)
         self.keys = keys
         self.paths = paths
@@ -93,16 +100,15 @@ class _Slice:
         self.place = 0
         """How many were sent already."""
 
-    def requests(self, template: Template, literals: tuple[tuple[bytes, bytes], ...], count: int) -> Requests:
+    def requests(self, template: Template, count: int) -> Requests:
         """The next `count` of them."""
         first, last = self.place, self.place + count
-        bodies = self.bodies if len(self.bodies) == 1 else self.bodies[first:last]
         return Requests(
             template,
             self.keys[first:last],
             self.paths[first:last],
-            bodies,
-            literals,
+            self.bodies if len(self.bodies) == 1 else self.bodies[first:last],
+            self.literals if len(self.literals) == 1 else self.literals[first:last],
             self.prefixes,
             self.suffixes[first:last],
         )
@@ -137,8 +143,8 @@ class Pool:
         self._patience: asyncio.TimerHandle | None = None
         self._look_again: asyncio.TimerHandle | None = None
         self._closing = False
-        self._spelt: dict[Headers, tuple[Template, tuple[tuple[bytes, bytes], ...]]] = {}
-        self._spelt_with: tuple[bytes, bytes] | None = None
+        self._templates: dict[Headers, Template] = {}
+        self._templates_with: tuple[bytes, bytes] | None = None
         self.trouble: str | None = None
         """Why the last connect failed; None while connects succeed."""
 
@@ -153,40 +159,10 @@ class Pool:
         self._carried[self._last_number] = _Carried(len(indices), report)
         base = self._last_number << _INDEX_BITS
         now = self._loop.time()
-        if batch.headers_of is None:
-            self._backlog.append(self._slice(batch, batch.headers[0], base, indices, now))
-        else:
-            for place, headers in enumerate(batch.headers):
-                chosen = [index for index in indices if batch.headers_of[index] == place]
-                if chosen:
-                    self._backlog.append(self._slice(batch, headers, base, chosen, now))
+        for headers, literals, chosen in _alike(batch, indices):
+            self._backlog.append(_make_slice(batch, headers, literals, base, chosen, now))
         self.waiting += len(indices)
         self._pump_soon()
-
-    @staticmethod
-    def _slice(batch: Batch, headers: Headers, base: int, indices: Sequence[int], now: float) -> _Slice:
-        prefix = batch.id.encode()
-        if isinstance(indices, range) and indices.step == 1:
-            first, last = indices.start, indices.stop
-            shared = len(batch.payloads) == 1
-            return _Slice(
-                headers,
-                prefix,
-                range(base + first, base + last),
-                batch.tokens[first:last],
-                batch.payloads if shared else batch.payloads[first:last],
-                _SUFFIXES[first:last],
-                now,
-            )
-        return _Slice(
-            headers,
-            prefix,
-            [base + index for index in indices],
-            [batch.tokens[index] for index in indices],
-            batch.payloads if len(batch.payloads) == 1 else [batch.payloads[index] for index in indices],
-            [_SUFFIXES[index] for index in indices],
-            now,
-        )
 
     def _pump_soon(self) -> None:
         if not self._pump_due:
@@ -221,8 +197,7 @@ class Pool:
                 return True
             work = self._backlog[0]
             count = min(free, len(work.keys) - work.place)
-            template, literals = self._spell(work.headers)
-            taken = connection.submit(work.requests(template, literals, count))
+            taken = connection.submit(work.requests(self._template(work.headers), count))
             work.place += taken
             self.waiting -= taken
             if work.place == len(work.keys):
@@ -231,21 +206,19 @@ class Pool:
                 return True
         return False
 
-    def _spell(self, headers: Headers) -> tuple[Template, tuple[tuple[bytes, bytes], ...]]:
+    def _template(self, headers: Headers) -> Template:
         authorization = self._tokens.field(self._clock())
-        if authorization is not self._spelt_with or len(self._spelt) > 256:
-            self._spelt.clear()
-            self._spelt_with = authorization
-        found = self._spelt.get(headers)
+        if authorization is not self._templates_with or len(self._templates) > 256:
+            self._templates.clear()
+            self._templates_with = authorization
+        found = self._templates.get(headers)
         if found is None:
-            varying = (b"apns-id", b"apns-collapse-id") if headers.collapse_on_id else (b"apns-id",)
-            template = Template(
+            found = self._templates[headers] = Template(
                 self._endpoint.host.encode(),
                 apns.PATH_PREFIX,
                 (authorization, *apns.constant_fields(headers)),
-                varying,
+                (b"apns-id", b"apns-collapse-id") if headers.collapse_on_id else (b"apns-id",),
             )
-            found = self._spelt[headers] = (template, tuple(apns.varying_fields(headers)))
         return found
 
     def _watch_backlog(self) -> None:
@@ -361,3 +334,42 @@ class Pool:
             connection.finish()
         for connection in connections:
             await connection.closed  # ends: each stream has its deadline
+
+
+def _alike(batch: Batch, indices: Sequence[int]) -> Iterator[tuple[Headers, Sequence[Literals], Sequence[int]]]:
+    """Parts that one template serves: what they share, what each sends beside it, and which they are.
+
+    Notifications that differ in expiration and collapse id only stay together.
+    """
+    literals = [tuple(apns.varying_fields(headers)) for headers in batch.headers]
+    if batch.headers_of is None:
+        yield batch.headers[0], literals, indices
+        return
+    shared = [replace(headers, expiration=None, collapse_id=None) for headers in batch.headers]
+    for headers in dict.fromkeys(shared):
+        kinds = {kind for kind, each in enumerate(shared) if each == headers}
+        chosen = [index for index in indices if batch.headers_of[index] in kinds]
+        if chosen:
+            yield headers, [literals[batch.headers_of[index]] for index in chosen], chosen
+
+
+def _make_slice(
+    batch: Batch, headers: Headers, literals: Sequence[Literals], base: int, indices: Sequence[int], now: float
+) -> _Slice:
+    """`base` is what the index is added to for a request's key."""
+    prefix = batch.id.encode()
+    if isinstance(indices, range) and indices.step == 1:
+        span = slice(indices.start, indices.stop)
+        keys: Sequence[int] = range(base + indices.start, base + indices.stop)
+        payloads = batch.payloads if len(batch.payloads) == 1 else batch.payloads[span]
+        return _Slice(headers, literals, prefix, keys, batch.tokens[span], payloads, _SUFFIXES[span], now)
+    return _Slice(
+        headers,
+        literals,
+        prefix,
+        [base + index for index in indices],
+        [batch.tokens[index] for index in indices],
+        batch.payloads if len(batch.payloads) == 1 else [batch.payloads[index] for index in indices],
+        [_SUFFIXES[index] for index in indices],
+        now,
+    )

@@ -69,8 +69,8 @@ class Template(NamedTuple):
 class Requests(NamedTuple):
     """Requests that share a template, as columns: request `i` is made of the `i`-th of each.
 
-    A varying field's value is its prefix (one for all) and the request's suffix. `bodies` has one entry for all or
-    one each. All suffixes have one length.
+    A varying field's value is its prefix (one for all) and the request's suffix. All suffixes have one length.
+    `bodies` and `literals` have one entry for all or one each.
     """
 
     template: Template
@@ -78,8 +78,8 @@ class Requests(NamedTuple):
     """What events call these requests."""
     paths: Sequence[bytes]
     bodies: Sequence[bytes]
-    literals: tuple[Field, ...] = ()
-    """More fields that all of these share, but not worth a place in the peer's table."""
+    literals: Sequence[tuple[Field, ...]] = ((),)
+    """More fields, not worth a place in the peer's table."""
     prefixes: tuple[bytes, ...] = ()
     suffixes: Sequence[bytes] = ()
 
@@ -196,7 +196,8 @@ class ClientConnection(Connection[_Stream]):
         """The hot loop: requests whose body goes out whole. Returns the place of the first that was not taken."""
         template, keys, paths, bodies, literals, prefixes, suffixes = requests
         encoder = self._encoder
-        tail = spelling.after_path + b"".join([encoder.literal(name, value) for name, value in literals])
+        shared_literals = len(literals) == 1
+        tail = spelling.after_path + (self._spell_literals(literals[0]) if shared_literals else b"")
         # What comes after the path differs in the suffix only: put the constant octets around it once.
         between = b""
         varying = len(template.varying)
@@ -214,7 +215,10 @@ class ClientConnection(Connection[_Stream]):
         limit = min(self._peer_window, self._peer_frame)
         window, plain, stream_id = self._send_window, self._plain, self._next_id
         path_width = body_size = -1
+        length = 0
         head = constant_path = body_head = b""
+        common_tail = tail
+        spelt: dict[tuple[Field, ...], bytes] = {}
         parts: list[bytes] = []
         place = start
         for place in range(start, stop):
@@ -223,10 +227,17 @@ class ClientConnection(Connection[_Stream]):
                 path_width = len(path)
                 size_octets = int_octets(path_size + path_width, 7, 0)
                 constant_path = before + size_octets + template.path
-                length = len(constant_path) + path_width + len(tail) + varying * width + len(between)
+                length = len(constant_path) + path_width + len(common_tail) + varying * width + len(between)
                 if length > self._peer_frame:
                     break
                 head = length.to_bytes(3, "big") + b"\x01\x04"
+            if not shared_literals:
+                fields = literals[place]
+                own_literals = spelt.get(fields) or spelt.setdefault(fields, self._spell_literals(fields))
+                if length + len(own_literals) > self._peer_frame:
+                    break
+                head = (length + len(own_literals)).to_bytes(3, "big") + b"\x01\x04"
+                tail = own_literals + common_tail
             body = bodies[place] if shared is None else shared
             if len(body) != body_size:
                 if not 0 < len(body) <= limit:
@@ -264,7 +275,8 @@ class ClientConnection(Connection[_Stream]):
         block = [encoder.start(), *[encoder.index(field) for field in fixed]]
         block.append(encoder.literal(b":path", template.path + requests.paths[place]))
         block += [encoder.index(field) for field in template.fields]
-        block += [encoder.index_name(name, value) for name, value in requests.literals]
+        literals = requests.literals[place if len(requests.literals) > 1 else 0]
+        block += [encoder.index_name(name, value) for name, value in literals]
         for name, prefix in zip(template.varying, requests.prefixes, strict=True):
             block.append(encoder.index_name(name, prefix + requests.suffixes[place]))
         self._spellings[template] = self._spell(template)
@@ -277,6 +289,9 @@ class ClientConnection(Connection[_Stream]):
         stream = self._streams[stream_id] = _Stream(requests.keys[place], body, self._peer_window)
         self._send_body(stream_id, stream)
         return True
+
+    def _spell_literals(self, fields: tuple[Field, ...]) -> bytes:
+        return b"".join([self._encoder.literal(name, value) for name, value in fields])
 
     def _spell(self, template: Template) -> _Spelling:
         known = self._encoder.known
