@@ -14,7 +14,7 @@ from heliograph.batches import make_batches, new_batch_id
 from heliograph.carriers.apns import ApnsCarrier, Endpoint, PoolSettings
 from heliograph.carriers.apns.credentials import TokenSource
 from heliograph.model import ACCEPTED, Answered, App, Batch, Environment, Headers, NotProcessed, Outcome
-from heliograph.net.tls import client_context, throwaway_identity
+from heliograph.net.tls import client_context, server_context, throwaway_identity
 from heliograph.protocols.provider_token import GRID_S
 from heliograph.simulator.server import Simulator, new_signing_key
 from tests.service.house import PATIENCE_S, PAYLOAD, TOPIC, token
@@ -136,6 +136,34 @@ async def test_connects_go_on_until_the_server_is_back() -> None:
         carrier.carry(batch, range(5), ledger.report)
         async with Simulator(port=port, identity=identity, signing_key=key):
             assert await ledger.settled() == [ACCEPTED] * 5
+
+
+async def test_a_server_that_ends_each_connection_at_once_is_not_stormed() -> None:
+    identity = throwaway_identity(datetime.now(UTC))
+    connections = 0
+
+    def hang_up(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        writer.close()
+
+    tls = server_context(identity.certificate_pem, identity.key_pem)
+    server = await asyncio.start_server(hang_up, "127.0.0.1", 0, ssl=tls)
+    key = new_signing_key()
+    app = App("app", (TOPIC,), (Environment.PRODUCTION,), key)
+    endpoint = Endpoint("localhost", server.sockets[0].getsockname()[1], client_context(identity.ca_pem))
+    carrier = ApnsCarrier(
+        {"app": app}.get, lambda _, __: endpoint, settings=PoolSettings(patience_s=2.0), clock=time.time
+    )
+    batch = batch_of(5)
+    ledger = Ledger(batch)
+    carrier.carry(batch, range(5), ledger.report)
+    outcomes = await ledger.settled()
+    await carrier.aclose()
+    server.close()
+    assert all(isinstance(outcome, NotProcessed) and "ended a new connection" in outcome.why for outcome in outcomes)
+    # Without pauses there would be hundreds; with full jitter, pauses that double make this many all but impossible.
+    assert 1 <= connections < 40
 
 
 async def test_an_app_without_credentials_gets_its_notifications_back(apple: Simulator) -> None:

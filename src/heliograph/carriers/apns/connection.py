@@ -47,7 +47,8 @@ class Connection:
         self._owner = owner
         self._clock = clock
         self._opened_at = clock()
-        self._answered = False
+        self.answered = False
+        """Whether it ever brought an answer."""
         self.goodbye: str | None = None
         """Apple's reason for its GOAWAY, or for the end of the connection."""
 
@@ -58,7 +59,7 @@ class Connection:
     @property
     def new(self) -> bool:
         """Nothing was answered yet, so Apple may still allow one stream only; but not for ever."""
-        return not self._answered and self._clock() < self._opened_at + NEW_S
+        return not self.answered and self._clock() < self._opened_at + NEW_S
 
     @property
     def open_streams(self) -> int:
@@ -89,10 +90,10 @@ class Connection:
         settle = self._owner.settle
         for event in events:
             if isinstance(event, Accepted):
-                self._answered = True
+                self.answered = True
                 settle(event.keys, ACCEPTED)
             elif isinstance(event, Answered):
-                self._answered = True
+                self.answered = True
                 settle([event.key], apns.answer(event.status, event.fields, event.body))
             elif isinstance(event, NotProcessed):
                 settle(event.keys, CertainlyNot(self.goodbye or event.why))

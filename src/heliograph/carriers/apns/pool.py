@@ -21,7 +21,7 @@ from msgspec.structs import replace
 
 from heliograph.carriers.apns.connection import NEW_S, Connection
 from heliograph.carriers.apns.credentials import TokenSource
-from heliograph.model import MAX_BATCH, Batch, Headers, NotProcessed, Outcome, SigningKey
+from heliograph.model import MAX_BATCH, Answered, Batch, Headers, NotProcessed, Outcome, SigningKey
 from heliograph.net import http2
 from heliograph.ports import Report
 from heliograph.protocols import apns
@@ -146,7 +146,7 @@ class Pool:
         self._templates: dict[Headers, Template] = {}
         self._templates_with: tuple[bytes, bytes] | None = None
         self.trouble: str | None = None
-        """Why the last connect failed; None while connects succeed."""
+        """Why the last connection failed; None since one brought an answer."""
 
     # -- in ------------------------------------------------------------------------------------------------------
 
@@ -239,6 +239,9 @@ class Pool:
 
     def settle(self, keys: list[int], outcome: Outcome) -> None:
         """Report these to the batches that they belong to, a group each."""
+        if self._failures and isinstance(outcome, Answered):
+            self._failures = 0
+            self.trouble = None
         keys.sort()
         start, size = 0, len(keys)
         while start < size:
@@ -291,19 +294,17 @@ class Pool:
                     new_core=lambda now: ClientConnection(now, keep=keep),
                 )
         except (OSError, TimeoutError) as error:
-            self._failures += 1
-            self.trouble = f"cannot connect to {endpoint.host}:{endpoint.port}: {str(error) or type(error).__name__}"
-            _log.warning("apns_connect_failed", why=self.trouble, failures=self._failures, waiting=self.waiting)
-            self._connecting = None
-            self._pump_soon()
-            return
-        if self._failures:
-            _log.info("apns_connected", host=endpoint.host, port=endpoint.port, failures=self._failures)
+            self._failed(f"cannot connect to {endpoint.host}:{endpoint.port}: {str(error) or type(error).__name__}")
+        else:
+            if not link.closed.done():
+                self._connections.append(cast("Connection", link.session))
         self._connecting = None
-        self._failures = 0
-        self.trouble = None
-        self._connections.append(cast("Connection", link.session))
         self._pump_soon()
+
+    def _failed(self, why: str) -> None:
+        self._failures += 1
+        self.trouble = why
+        _log.warning("apns_connect_failed", why=why, failures=self._failures, waiting=self.waiting)
 
     def _new_connection(self, link: http2.Link[ClientConnection]) -> Connection:
         return Connection(link, self, self._loop.time)
@@ -312,6 +313,8 @@ class Pool:
         """A connection's socket is gone; what was open on it has been settled."""
         if not self._closing:
             _log.info("apns_connection_ended", host=self._endpoint.host, why=connection.goodbye)
+            if not connection.answered:  # to come back at once would be a storm
+                self._failed(f"{self._endpoint.host} ended a new connection: {connection.goodbye or 'without a word'}")
         if connection in self._connections:
             self._connections.remove(connection)
         self._pump_soon()
