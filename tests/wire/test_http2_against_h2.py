@@ -198,6 +198,8 @@ def known_difference(step: bytes, ours: Meaning, theirs: Meaning, newly_refused:
         return "section 8.1.1: a malformed message is a stream error. h2 ends the connection"
     if kind in (f.DATA, f.HEADERS) and stream_id in over - ours.refused:
         return "section 5.1: a frame on a closed stream may end the stream or the connection"
+    if kind == f.HEADERS and newly_refused and (b"\x03000" in step or b"\x03101" in step):
+        return "section 8.6 and RFC 9110, section 15: no 101, nothing below 100. h2 looks at the first status only"
     if kind == f.RST_STREAM and ours.failed and "idle" in ours.failed:
         return "section 6.4: RST_STREAM on an idle stream ends the connection. h2 ignores it"
     if kind == f.PUSH_PROMISE and ours.failed.startswith("PUSH_PROMISE"):
