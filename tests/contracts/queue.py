@@ -302,5 +302,8 @@ class QueueContract:
                 await queue.put([structs.replace(batch, id=wrong)])
 
     async def test_nothing_is_put_and_finished_at_once(self, queue: Queue) -> None:
+        batch = a_batch()
         await queue.put([])
+        await queue.put([batch])
         await queue.finish([])
+        assert [lease.batch.id for lease in await queue.take(10)] == [batch.id]

@@ -200,5 +200,10 @@ class StoreContract:
             assert receipt.state is State.REJECTED
             assert await store.removed_among("shop", PRODUCTION, batch.tokens) == set(batch.tokens)
 
-    async def test_nothing_is_recorded_at_once(self, store: Store) -> None:
+    async def test_nothing_is_recorded_at_once(self, queue: Queue, store: Store) -> None:
+        batch = a_batch()
+        await queue.put([batch])
         await store.record([], [])
+        (receipt,) = await store.find_receipts([batch.id + "0001"])
+        assert receipt is not None
+        assert (receipt.state, receipt.updated_at) == (State.QUEUED, None)
