@@ -15,12 +15,13 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src"
 
 FACTS = {"reasons", "errors"}
-COMMON = {*FACTS, "telemetry", "config"}
+COMMON = {*FACTS, "telemetry", "config", "crash"}
 BELOW = {"relay", "ports", "net", "protocols", "payload", "model"}
 
 ROOMS: dict[str, set[str]] = {
     # pure: no sockets, no clock, no event loop
     "reasons": set(),
+    "crash": set(),
     "errors": {"reasons"},
     "model": FACTS,
     "payload": {"model", *FACTS},
@@ -34,7 +35,10 @@ ROOMS: dict[str, set[str]] = {
         "model",
         *FACTS,
     },  # what Apple's headers may say is in protocols.apns
+    "credentials": {"protocols", "model", *FACTS},
     # the middle
+    "vault": {"model", *COMMON},
+    "apps": {"credentials", "vault", "net", "carriers", "ports", "protocols", "model", *COMMON},
     "config": {"model", *COMMON},
     "telemetry": {"model", *COMMON},  # counts outcomes by their reason
     "ports": {"model", *COMMON},

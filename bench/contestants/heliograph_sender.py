@@ -14,21 +14,25 @@ import time
 from collections import deque
 from collections.abc import Collection, Sequence
 from functools import partial
+from typing import Any, cast
 
 from bench.contract import Meter, Task, tell
 from bench.pki import KEY_ID, TEAM_ID, TOPIC
 from bench.rounds import Contestant
 from heliograph import __version__
 from heliograph.batches import make_batches, new_batch_id
-from heliograph.carriers.apns import ApnsCarrier, Endpoint, PoolSettings
+from heliograph.carriers.apns import ApnsCarrier, Endpoint, PoolSettings, Route
 from heliograph.model import (
+    Access,
     App,
     Batch,
     Environment,
     Headers,
+    Lane,
     Lease,
     LeaseEnd,
     Outcomes,
+    Quarantine,
     Receipt,
     Removal,
     SigningKey,
@@ -66,7 +70,7 @@ class Memory:
         self._empty.clear()
         self._filled.set()
 
-    async def take(self, limit: int) -> Sequence[Lease]:
+    async def take(self, limit: int, full: Collection[Lane] = ()) -> Sequence[Lease]:  # noqa: ARG002
         while not self._waiting:
             self._filled.clear()
             await self._filled.wait()
@@ -83,7 +87,12 @@ class Memory:
     async def emptied(self) -> None:
         await self._empty.wait()
 
-    async def record(self, outcomes: Sequence[Outcomes], removals: Sequence[Removal]) -> None:  # noqa: ARG002
+    async def record(
+        self,
+        outcomes: Sequence[Outcomes],
+        removals: Sequence[Removal],  # noqa: ARG002
+        quarantines: Sequence[Quarantine] = (),  # noqa: ARG002
+    ) -> None:
         # a batch is recorded several times as its answers come; the last time it is complete
         for each in outcomes:
             if State.QUEUED not in each.states:
@@ -92,8 +101,8 @@ class Memory:
     async def find_receipts(self, ids: Sequence[str]) -> Sequence[Receipt | None]:
         return [None] * len(ids)
 
-    async def removed_among(self, app: str, environment: Environment, tokens: Collection[bytes]) -> set[bytes]:  # noqa: ARG002
-        return set()
+    async def held_among(self, app: str, environment: Environment, tokens: Collection[bytes]) -> dict[bytes, str]:  # noqa: ARG002
+        return {}
 
     async def aclose(self) -> None:
         pass
@@ -131,11 +140,12 @@ async def main(name: str) -> None:
     task = Task.from_environment()
     endpoint = Endpoint("127.0.0.1", task.port, client_context(task.data / "ca.pem"))
     key = SigningKey(KEY_ID, TEAM_ID, (task.data / "AuthKey.p8").read_bytes())
-    apps = {APP: App(APP, (TOPIC,), (Environment.PRODUCTION,), key)}
+    apps = {APP: App(APP, (TOPIC,), (Access(key, (Environment.PRODUCTION,)),))}
+    route = Route(endpoint, key)
     settings = PoolSettings(connections=task.connections)
-    carrier = ApnsCarrier(apps.get, lambda _app, _batch: endpoint, settings=settings, clock=time.time)
+    carrier = ApnsCarrier(lambda *_: route, settings=settings, clock=time.time)
     memory = Memory()
-    relay = Relay(memory, memory, carrier, apps, Telemetry(), clock=time.time)
+    relay = Relay(cast("Any", memory), cast("Any", memory), carrier, apps, Telemetry(), clock=time.time)
     work, settle = asyncio.create_task(relay.work()), asyncio.create_task(relay.settle())
 
     async def send(count: int) -> tuple[int, Meter]:

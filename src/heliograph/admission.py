@@ -6,13 +6,13 @@ Apple would take.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from msgspec import Struct
 from msgspec.structs import replace
 
 from heliograph import payload as rules
-from heliograph import policy
+from heliograph import policy, reasons
 from heliograph.errors import Refused
 from heliograph.model import App, Environment, Headers, PushType
 from heliograph.protocols import apns
@@ -52,12 +52,20 @@ def choose_environment(app: App, environment: Environment | None) -> Environment
     return environment
 
 
-def refuse_dead(tokens: Sequence[bytes], dead: Collection[bytes]) -> list[Refused]:
-    """A refusal for each device token that is known to be dead."""
-    text = "Apple said that this device token is dead: remove it on your side."
+def refuse_held(tokens: Sequence[bytes], held: Mapping[bytes, str]) -> list[Refused]:
+    """A refusal for each device token that is not to be sent to; `held` has Apple's word for each (see `ports`)."""
     return [
-        Refused("Unregistered", text, index=index, field="token") for index, token in enumerate(tokens) if token in dead
+        Refused(held[token], _HELD[held[token]], index=index, field="token")
+        for index, token in enumerate(tokens)
+        if token in held
     ]
+
+
+_HELD = {
+    reasons.UNREGISTERED.word: "Apple said that this device token is dead: remove it on your side.",
+    reasons.BAD_DEVICE_TOKEN.word: "Apple did not know this device token a while ago, so it is held back: check "
+    "whether the app was built for development or production, and send it to that environment.",
+}
 
 
 def _at(refused: Refused, index: int | None) -> Refused:

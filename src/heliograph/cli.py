@@ -114,13 +114,16 @@ async def _serve_simulated(config: Config) -> None:
     from msgspec.structs import replace
 
     from heliograph import service
+    from heliograph.model import SigningKey
     from heliograph.simulator.server import Simulator
 
     async with Simulator() as apple:
         for app in service.load_apps(config.apps).values():
-            apple.add_key(app.key)
-            for topic in app.topics:
-                apple.add_app(topic, app.key.team_id)
+            for access in app.access:
+                if isinstance(access.credentials, SigningKey):
+                    apple.add_key(access.credentials)
+                    for topic in app.topics:
+                        apple.add_app(topic, access.credentials.team_id)
         folder = Path(config.data) / "simulator"
         apps = config.apps or {"demo": _demo_app(apple, folder)}
         ca = str(_write(folder / "ca.pem", apple.ca_pem))

@@ -26,8 +26,8 @@ from heliograph.model import Environment
 PREFIX = "HELIOGRAPH_"
 """What the names of our variables begin with."""
 
-NOT_SETTINGS = frozenset({"HELIOGRAPH_CONFIG", "HELIOGRAPH_URL", "HELIOGRAPH_KEY"})
-"""Variables with the prefix that the command line reads."""
+NOT_SETTINGS = frozenset({"HELIOGRAPH_CONFIG", "HELIOGRAPH_URL", "HELIOGRAPH_KEY", "HELIOGRAPH_CRASH_AT"})
+"""Variables with the prefix that others read: the command line, `crash`."""
 
 _MAX_SECRET_BYTES = 64 * 1024
 _OTHERS_MAY = 0o007

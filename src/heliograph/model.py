@@ -61,6 +61,8 @@ class State(IntEnum):
     """Given up on; kept for people to see and replay."""
     UNKNOWN = 6
     """Sent at most once, by request, and the answer never came."""
+    SENT = 7
+    """Is being sent at most once: written down before, so that nobody sends it a second time. No end yet."""
 
 
 class DeviceToken(str):
@@ -86,6 +88,8 @@ class Headers(Struct, frozen=True, omit_defaults=True):
     """At most 64 octets of UTF-8."""
     collapse_on_id: bool = False
     """Send each notification's own id as its collapse id, so that a duplicate replaces itself on the device."""
+    at_most_once: bool = False
+    """Never send it again where Apple may have acted on it."""
 
 
 class Batch(Struct, frozen=True):
@@ -181,6 +185,16 @@ class Removal(Struct, frozen=True):
     """UNIX seconds. Apple's 410 speaks milliseconds, a feedback tuple seconds; here it is seconds."""
 
 
+class Quarantine(Struct, frozen=True):
+    """A device token that drew 400 BadDeviceToken: held back, not removed, as a wrong environment looks the same."""
+
+    app: str
+    environment: Environment
+    token: DeviceToken
+    until: int
+    """UNIX seconds from which Apple is asked again."""
+
+
 class Lease(Struct, frozen=True):
     """The right to work on a batch for a while."""
 
@@ -241,11 +255,61 @@ class SigningKey(Struct, frozen=True):
         return f"<signing key {self.key_id} of team {self.team_id}>"
 
 
+class ClientCertificate(Struct, frozen=True):
+    """What a connection shows in its TLS handshake (Apple, "Establishing a certificate-based connection to APNs")."""
+
+    name: str
+    """The subject's common name, such as `Apple Push Services: com.example.shop`."""
+    certificate_pem: bytes
+    """The certificate, and the chain behind it where the file held one."""
+    key_pem: bytes
+    """Its private key: PEM, PKCS#8, without a passphrase."""
+    topics: tuple[str, ...]
+    """What it may send to, with the suffixes of push types."""
+    environments: tuple[Environment, ...]
+    not_before: int
+    """UNIX seconds, as the next."""
+    not_after: int
+    fingerprint: str
+    """SHA-256 of the certificate, as lower-case hex."""
+
+    def __repr__(self) -> str:
+        return f"<client certificate {self.fingerprint[:16]} of {self.name}>"
+
+
+Credentials = SigningKey | ClientCertificate
+
+
+class Access(Struct, frozen=True):
+    """Credentials, and what they open."""
+
+    credentials: Credentials
+    environments: tuple[Environment, ...]
+    topics: tuple[str, ...] | None = None
+    """With suffixes, as a certificate lists them; None: every topic of the app."""
+
+
+Lane = tuple[str, Environment]
+"""An app's name and an environment: what waits or fails in one does not hold up another."""
+
+
 class App(Struct, frozen=True):
     """What we hold credentials for."""
 
     name: str
     topics: tuple[str, ...]
     """Bundle ids; a push type's suffix is allowed on each of them."""
-    environments: tuple[Environment, ...]
-    key: SigningKey
+    access: tuple[Access, ...]
+    """The first that fits is used."""
+
+    @property
+    def environments(self) -> tuple[Environment, ...]:
+        found = {environment for access in self.access for environment in access.environments}
+        return tuple(environment for environment in Environment if environment in found)
+
+    def credentials_for(self, environment: Environment, topic: str) -> Credentials | None:
+        """What to send with; `topic` has its suffix."""
+        for access in self.access:
+            if environment in access.environments and (access.topics is None or topic in access.topics):
+                return access.credentials
+        return None

@@ -9,7 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
-from heliograph.model import Batch, Environment, Lease, LeaseEnd, Outcome, Outcomes, Receipt, Removal
+from heliograph.model import (
+    Batch,
+    Environment,
+    Lane,
+    Lease,
+    LeaseEnd,
+    Outcome,
+    Outcomes,
+    Quarantine,
+    Receipt,
+    Removal,
+)
 
 Report = Callable[[Sequence[int], Outcome], None]
 """Called by a carrier with a group of indices of one batch that share an outcome, on the event loop's thread."""
@@ -22,8 +33,11 @@ class Carrier(Protocol):
         """Take these on and return at once. Every index is reported exactly once, in groups, as answers come."""
         ...
 
-    async def ready(self) -> int:
-        """Wait until more would be taken without piling up; how many notifications that is."""
+    async def ready(self, full: frozenset[Lane] | None = None) -> frozenset[Lane]:
+        """The lanes that should be given nothing now, as enough of theirs waits.
+
+        Waits while all of them together are too much, and while the answer is `full`.
+        """
         ...
 
     async def aclose(self) -> None:
@@ -34,6 +48,16 @@ class Carrier(Protocol):
 class Queue(Protocol):
     """Batches that are to be sent."""
 
+    @property
+    def waiting(self) -> int:
+        """Notifications in batches that are not finished."""
+        ...
+
+    @property
+    def room(self) -> int:
+        """How many more notifications `put` would take."""
+        ...
+
     async def put(self, batches: Sequence[Batch]) -> None:
         """Durable on return, all or nothing. A batch whose id is known already is left as it is.
 
@@ -41,10 +65,12 @@ class Queue(Protocol):
         """
         ...
 
-    async def take(self, limit: int) -> Sequence[Lease]:
-        """Wait until at least one batch is due, then lease up to `limit` batches, oldest due first.
+    async def take(self, limit: int, full: Collection[Lane] = ()) -> Sequence[Lease]:
+        """Wait until at least one batch is due, then lease up to `limit` batches, none of a lane that is `full`.
 
-        A lease ends by itself if it is not finished in time; the next one has a higher `attempt`.
+        Fair: lanes take turns, and within a lane small batches do not wait behind large ones; among their like the
+        oldest due come first. A lease ends by itself if it is not finished in time; the next one has a higher
+        `attempt`.
         """
         ...
 
@@ -56,16 +82,48 @@ class Queue(Protocol):
 
 
 class Store(Protocol):
-    """What is known: outcomes, removals."""
+    """What is known: outcomes, removals, the buried, apps."""
 
-    async def record(self, outcomes: Sequence[Outcomes], removals: Sequence[Removal]) -> None:
-        """Record both durably, in one transaction. Recording the same again changes nothing."""
+    async def record(
+        self, outcomes: Sequence[Outcomes], removals: Sequence[Removal], quarantines: Sequence[Quarantine] = ()
+    ) -> None:
+        """Record all of it durably, in one transaction. Recording the same again changes nothing."""
         ...
 
     async def find_receipts(self, ids: Sequence[str]) -> Sequence[Receipt | None]:
         """One entry an id, in order; None where no such notification was ever taken."""
         ...
 
-    async def removed_among(self, app: str, environment: Environment, tokens: Collection[bytes]) -> set[bytes]:
-        """Which of these device tokens (lower-case hex) are known to be dead."""
+    async def held_among(self, app: str, environment: Environment, tokens: Collection[bytes]) -> dict[bytes, str]:
+        """Which of these device tokens (lower-case hex) are not to be sent to, and why, as Apple said it.
+
+        `Unregistered` for the dead, `BadDeviceToken` for those in quarantine.
+        """
+        ...
+
+    async def find_buried(self, app: str | None, before: str | None, limit: int) -> Sequence[Receipt]:
+        """What was given up on, newest first: of one app or of all, and before the one with the id `before`."""
+        ...
+
+    async def replay(self, ids: Sequence[str]) -> Sequence[str]:
+        """Have buried notifications sent again, under the same ids; which of these that are. Durable on return."""
+        ...
+
+    async def purge(self, before: float) -> int:
+        """Forget finished batches made before `before` (UNIX seconds), and what has lapsed since; how many batches.
+
+        Works in small steps that let others through.
+        """
+        ...
+
+    async def save_app(self, name: str, record: bytes) -> None:
+        """Keep an app's record, in place of a former one."""
+        ...
+
+    async def find_apps(self) -> dict[str, bytes]:
+        """All apps' records."""
+        ...
+
+    async def delete_app(self, name: str) -> bool:
+        """Whether there was one."""
         ...

@@ -174,9 +174,9 @@ class Relay:
         now = self._clock()
         checked = admission.check(app, now, headers, tokens, payloads)
         refused = checked.refused
-        dead = await self._store.removed_among(app_name, environment, checked.tokens)
-        if dead:
-            refused += admission.refuse_dead(checked.tokens, dead)
+        held = await self._store.held_among(app_name, environment, checked.tokens)
+        if held:
+            refused += admission.refuse_held(checked.tokens, held)
         if refused:
             return Admitted((), tuple(sorted(refused, key=lambda each: each.index or 0)))
         batches = make_batches(self._new_id, app_name, environment, now, checked.headers, checked.tokens, payloads)
@@ -258,9 +258,9 @@ class Relay:
         A store that fails lends nothing, so nothing is sent whose outcome could not be recorded.
         """
         while True:
-            room = await self._carrier.ready()
+            full = await self._carrier.ready()
             try:
-                leases = await self._queue.take(min(_LEASES, room))
+                leases = await self._queue.take(_LEASES, full)
             except StoreError as error:
                 _log.error("cannot_lease", why=str(error))
                 await asyncio.sleep(_STORE_PAUSE_S)

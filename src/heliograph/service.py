@@ -25,12 +25,12 @@ import uvicorn
 from msgspec import Struct
 from starlette.types import ASGIApp
 
-from heliograph.carriers.apns import ApnsCarrier, Endpoint
+from heliograph.carriers.apns import ApnsCarrier, Endpoint, Route
 from heliograph.config import ApiSettings, AppSettings, Config, read_secret, secret_path
 from heliograph.doors.api import Api
 from heliograph.doors.web import make_app
 from heliograph.errors import ConfigError
-from heliograph.model import App, Environment
+from heliograph.model import Access, App, Environment, SigningKey
 from heliograph.net.tls import client_context
 from heliograph.protocols.provider_token import key_id_from_filename, parse_signing_key
 from heliograph.relay import Relay
@@ -163,9 +163,7 @@ async def serving(config: Config, stop: asyncio.Event | None = None) -> AsyncIte
         key = load_api_key(config)
         store = await SqliteStore.open(data / "heliograph.db", lease_s=LEASE_S)
         try:
-            carrier = ApnsCarrier(
-                apps.get, lambda app, batch: endpoints.get((app.name, batch.environment)), clock=time.time
-            )
+            carrier = ApnsCarrier(_find_route(apps, endpoints), clock=time.time)
             relay = Relay(store, store, carrier, apps, telemetry, clock=time.time)
             door = Api(relay, apps, key)
             server = _Server(make_app(door, telemetry.registry))
@@ -288,6 +286,17 @@ def _endpoints(settings: Mapping[str, AppSettings]) -> dict[tuple[str, Environme
     return endpoints
 
 
+def _find_route(
+    apps: Mapping[str, App], endpoints: Mapping[tuple[str, Environment], Endpoint]
+) -> Callable[[str, Environment, str], Route | None]:
+    def find(name: str, environment: Environment, topic: str) -> Route | None:
+        app, endpoint = apps.get(name), endpoints.get((name, environment))
+        key = None if app is None else app.credentials_for(environment, topic)
+        return Route(endpoint, key) if endpoint is not None and isinstance(key, SigningKey) else None
+
+    return find
+
+
 def _load_app(name: str, settings: AppSettings) -> App:
     where = f"apps.{name}.key"
     pem = read_secret(settings.key, where)
@@ -303,7 +312,7 @@ def _load_app(name: str, settings: AppSettings) -> App:
     except ConfigError as error:
         raise ConfigError(f"apps.{name} ({path}): {error}") from None
     topics = settings.topics if settings.topic is None else (settings.topic,)
-    return App(name, topics, settings.environment.each(), key)
+    return App(name, topics, (Access(key, settings.environment.each()),))
 
 
 def _checked_key(content: bytes, setting: str) -> bytes:

@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from heliograph.carriers.apns import ApnsCarrier, Endpoint, PoolSettings
-from heliograph.model import App, Batch, Environment, Headers, Receipt, State
+from heliograph.carriers.apns import ApnsCarrier, Endpoint, PoolSettings, Route
+from heliograph.model import Access, App, Batch, Environment, Headers, Receipt, State
 from heliograph.net.tls import client_context
 from heliograph.relay import Relay
 from heliograph.simulator.server import Simulator
@@ -71,10 +71,10 @@ async def open_house(
 ) -> AsyncIterator[House]:
     """`working`: lease and send; otherwise what is enqueued stays where it is."""
     apple.add_app(TOPIC)
-    app = App(APP, (TOPIC,), (Environment.PRODUCTION,), apple.signing_key)
-    endpoint = Endpoint("localhost", apple.port, client_context(apple.ca_pem))
+    app = App(APP, (TOPIC,), (Access(apple.signing_key, (Environment.PRODUCTION,)),))
+    route = Route(Endpoint("localhost", apple.port, client_context(apple.ca_pem)), apple.signing_key)
     store = await SqliteStore.open(folder / "heliograph.db")
-    carrier = ApnsCarrier(lambda _: app, lambda _, __: endpoint, settings=settings, clock=time.time)
+    carrier = ApnsCarrier(lambda *_: route, settings=settings, clock=time.time)
     relay = Relay(store, store, carrier, {APP: app}, Telemetry(), clock=time.time)
     tasks = [asyncio.create_task(relay.work()), asyncio.create_task(relay.settle())] if working else []
     try:

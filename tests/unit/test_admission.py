@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from heliograph.admission import check, choose_environment, refuse_dead
+from heliograph.admission import check, choose_environment, refuse_held
 from heliograph.errors import Refused
-from heliograph.model import App, Environment, Headers, PushType, SigningKey
+from heliograph.model import Access, App, Environment, Headers, PushType, SigningKey
 
 NOW = 1_700_000_000.0
 KEY = SigningKey("ABCDE12345", "TEAM123456", b"")
-ONE = App("one", ("com.example.one",), (Environment.PRODUCTION,), KEY)
-TWO = App("two", ("com.example.two", "com.example.three"), (Environment.PRODUCTION, Environment.DEVELOPMENT), KEY)
+ONE = App("one", ("com.example.one",), (Access(KEY, (Environment.PRODUCTION,)),))
+TWO = App("two", ("com.example.two", "com.example.three"), (Access(KEY, tuple(Environment)),))
 TOKEN = "ab" * 32
 ALERT = b'{"aps":{"alert":"hi"}}'
 
@@ -67,7 +67,7 @@ def test_a_shared_payload_is_judged_by_every_push_type_that_it_goes_out_with() -
 
 def test_a_refused_token_does_not_shift_the_places_of_dead_ones() -> None:
     checked = check(ONE, NOW, [Headers("")], ["x", TOKEN], [ALERT])
-    dead = refuse_dead(checked.tokens, {TOKEN.encode()})
+    dead = refuse_held(checked.tokens, {TOKEN.encode(): "Unregistered"})
     assert [(refused.reason, refused.index) for refused in dead] == [("Unregistered", 1)]
 
 

@@ -33,7 +33,19 @@ import apsw
 import msgspec
 
 from heliograph.errors import Overloaded, StoreBusy, StoreError
-from heliograph.model import Batch, Detail, Environment, Lease, LeaseEnd, Outcomes, Receipt, Removal, State
+from heliograph.model import (
+    Batch,
+    Detail,
+    Environment,
+    Lane,
+    Lease,
+    LeaseEnd,
+    Outcomes,
+    Quarantine,
+    Receipt,
+    Removal,
+    State,
+)
 from heliograph.stores.body import pack, unpack
 from heliograph.stores.group_commit import Work, Writer, closed_error, store_error
 
@@ -194,6 +206,11 @@ class SqliteStore:
         """Notifications in batches that are not finished."""
         return self._writer.waiting
 
+    @property
+    def room(self) -> int:
+        """How many more notifications `put` would take."""
+        return max(0, self._max_waiting - self._writer.waiting)
+
     # Queue
 
     async def put(self, batches: Sequence[Batch]) -> None:
@@ -207,7 +224,7 @@ class SqliteStore:
         if refusal is not None:
             raise refusal
 
-    async def take(self, limit: int) -> Sequence[Lease]:
+    async def take(self, limit: int, full: Collection[Lane] = ()) -> Sequence[Lease]:  # noqa: ARG002
         if limit < 1:
             raise ValueError(f"take at least one batch, not {limit}")
         while True:
@@ -229,7 +246,12 @@ class SqliteStore:
 
     # Store
 
-    async def record(self, outcomes: Sequence[Outcomes], removals: Sequence[Removal]) -> None:
+    async def record(
+        self,
+        outcomes: Sequence[Outcomes],
+        removals: Sequence[Removal],
+        quarantines: Sequence[Quarantine] = (),  # noqa: ARG002
+    ) -> None:
         if not outcomes and not removals:
             return
         known = [_outcome_row(each) for each in outcomes]
@@ -250,10 +272,13 @@ class SqliteStore:
                     receipts[position] = _receipt(canonical[position], row, details)
         return receipts
 
-    async def removed_among(self, app: str, environment: Environment, tokens: Collection[bytes]) -> set[bytes]:
+    async def held_among(self, app: str, environment: Environment, tokens: Collection[bytes]) -> dict[bytes, str]:
         if not tokens:
-            return set()
-        return {token for (token,) in await self._read(_REMOVED, apsw.carray(tuple(tokens)), app, environment.value)}
+            return {}
+        return {
+            token: "Unregistered"
+            for (token,) in await self._read(_REMOVED, apsw.carray(tuple(tokens)), app, environment.value)
+        }
 
     async def purge(self, before: float) -> int:
         """Delete finished batches made before `before` (UNIX seconds), and with them their receipts.
@@ -268,6 +293,21 @@ class SqliteStore:
             await self._writer.run(_delete, [row for _, row in finished])
             count += len(finished)
         return count
+
+    async def find_buried(self, app: str | None, before: str | None, limit: int) -> Sequence[Receipt]:
+        raise NotImplementedError
+
+    async def replay(self, ids: Sequence[str]) -> Sequence[str]:
+        raise NotImplementedError
+
+    async def save_app(self, name: str, record: bytes) -> None:
+        raise NotImplementedError
+
+    async def find_apps(self) -> dict[str, bytes]:
+        raise NotImplementedError
+
+    async def delete_app(self, name: str) -> bool:
+        raise NotImplementedError
 
     async def aclose(self) -> None:
         """Do what was asked for, refuse what comes now, fold the log into the file, release the lock.

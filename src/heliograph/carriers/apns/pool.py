@@ -50,6 +50,14 @@ class Endpoint(Struct, frozen=True):
     """Whether answers carry `apns-unique-id` that is worth keeping (Apple's sandbox)."""
 
 
+class Route(Struct, frozen=True):
+    """A way to Apple: connections are shared by whatever takes the same one."""
+
+    endpoint: Endpoint
+    key: SigningKey | None
+    """None: the endpoint's TLS context has a client certificate, which speaks for itself."""
+
+
 class PoolSettings(Struct, frozen=True):
     """How many connections, and how patient. Times in seconds."""
 
@@ -119,17 +127,17 @@ class Pool:
 
     def __init__(
         self,
-        endpoint: Endpoint,
-        key: SigningKey,
+        route: Route,
         settings: PoolSettings,
         clock: Callable[[], float],
         on_room: Callable[[], None],
     ) -> None:
-        self._endpoint = endpoint
+        self._endpoint = route.endpoint
         self._settings = settings
         self._clock = clock
         self._on_room = on_room
-        self._tokens = TokenSource(key)
+        assert route.key is not None
+        self._tokens = TokenSource(route.key)
         self._loop = asyncio.get_running_loop()
         self._backlog: deque[_Slice] = deque()
         self.waiting = 0
