@@ -100,7 +100,7 @@ def _final_headers(app: App, now: float, headers: Headers) -> Headers:
         raise Refused("TopicDisallowed", text, field="topic")
     if policy.deadline(now, headers.expiration) <= now:
         raise Refused("BadExpirationDate", "The expiration has passed already.", field="expiration")
-    if headers.push_type is PushType.ALERT and headers.collapse_id is None:
+    if headers.push_type is PushType.ALERT and headers.collapse_id is None and headers.collapse_on_id is None:
         headers = replace(headers, collapse_on_id=True)
     return headers
 

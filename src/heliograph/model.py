@@ -86,8 +86,9 @@ class Headers(Struct, frozen=True, omit_defaults=True):
     expiration: int | None = None
     collapse_id: str | None = None
     """At most 64 octets of UTF-8."""
-    collapse_on_id: bool = False
-    """Send each notification's own id as its collapse id, so that a duplicate replaces itself on the device."""
+    collapse_on_id: bool | None = None
+    """Send each notification's own id as its collapse id, so that a duplicate replaces itself on the device.
+    None: admission decides."""
     at_most_once: bool = False
     """Never send it again where Apple may have acted on it."""
 
