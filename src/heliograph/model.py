@@ -137,6 +137,8 @@ class Detail(Struct, frozen=True, omit_defaults=True):
     """UNIX seconds of the next try of a deferred one."""
     why: str | None = None
     """What happened, in a sentence, where Apple said nothing."""
+    again_from: float | None = None
+    """UNIX seconds when somebody had a buried one sent again: patience counts from there."""
 
 
 class Outcomes(Struct, frozen=True):

@@ -44,7 +44,7 @@ def test_an_expiration_that_has_passed_is_refused_and_zero_is_not() -> None:
 def test_alerts_collapse_on_their_own_id_unless_told_otherwise() -> None:
     headers = [Headers(""), Headers("", collapse_id="mine"), Headers("", PushType.VOIP)]
     checked = check(ONE, NOW, headers, [TOKEN] * 3, [ALERT])
-    assert [each.collapse_on_id for each in checked.headers] == [True, False, False]
+    assert [each.collapse_on_id for each in checked.headers] == [True, None, None]
 
 
 def test_everything_that_is_wrong_is_told_with_its_place() -> None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from heliograph import reasons
 from heliograph.model import ACCEPTED, Answered, NotProcessed, Outcome, State, Unknown
-from heliograph.policy import PATIENCE_S, TRY_ONCE_S, Again, Decision, End, deadline, decide
+from heliograph.policy import PATIENCE_S, TRY_ONCE_S, Again, Crowd, Decision, End, deadline, decide
 
 NOW = 1_800_000_000.0
 MINUTE = 60.0
@@ -38,7 +38,6 @@ def test_success_ends_as_accepted(outcome: Outcome) -> None:
 @pytest.mark.parametrize(
     "status,word",
     [
-        (400, "BadDeviceToken"),
         (400, "BadTopic"),
         (400, "DeviceTokenNotForTopic"),
         (400, "PayloadEmpty"),
@@ -54,6 +53,11 @@ def test_success_ends_as_accepted(outcome: Outcome) -> None:
 @pytest.mark.parametrize("attempt", [1, 7])
 def test_no_for_good_ends_as_rejected_and_removes_nothing(status: int, word: str, attempt: int) -> None:
     assert decided(Answered(status, word), attempt) == End(State.REJECTED, word)
+
+
+def test_a_device_token_that_apple_does_not_know_is_held_back_for_an_hour_and_not_removed() -> None:
+    decision = decided(Answered(400, "BadDeviceToken"), now=NOW + 0.5)
+    assert decision == End(State.REJECTED, "BadDeviceToken", quarantined_until=int(NOW) + 3600)
 
 
 @pytest.mark.parametrize("word", ["Unregistered", "ExpiredToken", "NewInJune"])
@@ -271,3 +275,47 @@ def test_whatever_apple_repeats_comes_to_an_end(outcome: Outcome, expiration: in
     ):
         now, attempt = decision.at, attempt + decision.counted
         assert attempt <= (HOUR + 1 if isinstance(outcome, Unknown) else 20)
+
+
+def test_tries_after_an_answer_queue_up_behind_those_that_are_planned() -> None:
+    assert pause(SERVICE_UNAVAILABLE, random=0.0, crowd_s=7.5) == 7.5
+    assert pause(TOO_MANY_REQUESTS, random=0.0, crowd_s=7.5) == 37.5
+    assert pause(Answered(503, "Shutdown", retry_after_s=5), crowd_s=7.5) == 12.5
+
+
+def test_tries_after_no_answer_and_the_renewal_of_a_provider_token_wait_for_no_crowd() -> None:
+    assert pause(Unknown("ConnectionLost"), crowd_s=7.5) == 1.0
+    assert pause(NotProcessed("Goaway"), crowd_s=7.5) == 0.0
+    assert pause(EXPIRED_PROVIDER_TOKEN, crowd_s=7.5) == 0.0
+
+
+def test_a_crowd_of_retries_gets_a_tenth_of_what_is_sent_anew() -> None:
+    crowd = Crowd()
+    for step in range(1000):  # ten seconds at 100,000 a second
+        crowd.sent(1000, NOW + step / 100)
+    crowd.plan(60_000)
+    rate = 60_000 / crowd.wait_s(NOW + 10)
+    assert 0.05 * 100_000 < rate < 0.1 * 100_000
+
+
+def test_a_small_sender_may_retry_a_hundred_times_a_second_whatever_it_sends() -> None:
+    crowd = Crowd()
+    crowd.sent(10, NOW)
+    crowd.plan(200)
+    assert crowd.wait_s(NOW) == pytest.approx(2.0)
+    assert crowd.wait_s(NOW + 1.5) == pytest.approx(0.5)
+    assert crowd.wait_s(NOW + 10) == 0.0
+
+
+@given(st.lists(st.tuples(st.sampled_from(["sent", "plan", "wait"]), st.floats(0, 100), st.integers(0, 10**6))))
+def test_a_crowd_never_waits_less_than_nothing(steps: list[tuple[str, float, int]]) -> None:
+    crowd = Crowd()
+    now = NOW
+    for what, seconds, count in steps:
+        now += seconds
+        if what == "sent":
+            crowd.sent(count, now)
+        elif what == "plan":
+            crowd.plan(count)
+        else:
+            assert crowd.wait_s(now) >= 0
