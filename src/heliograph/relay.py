@@ -2,9 +2,10 @@
 
 The way of a batch: a door hands columns to `admit`, which refuses the hopeless, and the batches to `enqueue`, which
 returns when they are durable. `work` leases batches, hands them to the carrier and keeps what it reports in a
-`Progress`; `policy` says what follows where the answer was no plain 200. Settling runs behind, always in this order:
+`_Progress`; `policy` says what follows where the answer was no plain 200. Settling runs behind, always in this order:
 record outcomes and removals in the store, then finish leases. Each step may be repeated, so a crash between two of
-them repeats work and loses none.
+them repeats work and loses none. What is to be sent at most once is the exception: it is written down as sent before
+it is, and whoever finds it like that later does not send it.
 
 `send` carries one notification at once, in this process, for callers who wait and keep the responsibility.
 """
@@ -12,6 +13,7 @@ them repeats work and loses none.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import random
 from array import array
@@ -21,7 +23,7 @@ import structlog
 from msgspec import Struct
 from msgspec.structs import replace
 
-from heliograph import admission, policy
+from heliograph import admission, crash, policy
 from heliograph.batches import make_batches, new_batch_id, parse_id
 from heliograph.errors import NotConnected, Refused, StoreError
 from heliograph.model import (
@@ -33,11 +35,13 @@ from heliograph.model import (
     DeviceToken,
     Environment,
     Headers,
+    Lane,
     Lease,
     LeaseEnd,
     NotProcessed,
     Outcome,
     Outcomes,
+    Quarantine,
     Receipt,
     Removal,
     State,
@@ -54,7 +58,15 @@ _SETTLE_S = 0.005
 _STORE_PAUSE_S = 1.0
 """Pause after the store failed; what was learnt is kept meanwhile."""
 _ELSEWHERE_S = 1.0
-"""Pause before what came back unprocessed twice is tried again: then it is not the one connection that is at fault."""
+_ELSEWHERE_MAX_S = 30.0
+"""Pauses before what came back unprocessed twice is tried again: then it is not the one connection that is at fault."""
+_TOGETHER_S = 0.05
+"""What of a batch is to be sent again for the same reason within this time is sent again together: a lease for all."""
+_MANY_BAD = 20
+"""Device tokens that Apple did not know: where more than these and than half of all, it is not they that are wrong."""
+_ALARM_S = 60.0
+"""Between two log lines about the same trouble of a lane."""
+_NOT_ENDED = (State.QUEUED, State.SENT)
 
 
 class Admitted(Struct, frozen=True):
@@ -67,11 +79,17 @@ class Admitted(Struct, frozen=True):
 class _Progress:
     """What is known of a leased batch, growing as the carrier reports."""
 
-    __slots__ = ("attempt", "batch", "details", "due_at", "open", "removals", "retried", "states", "times")
+    __slots__ = (
+        *("attempt", "batch", "details", "due_at", "fresh", "lane", "open", "planned"),
+        *("quarantines", "removals", "retried", "states", "times"),
+    )
 
-    def __init__(self, lease: Lease) -> None:
+    def __init__(self, lease: Lease, lane: _Lane) -> None:
         self.batch = lease.batch
+        self.lane = lane
         self.attempt = lease.attempt
+        self.fresh = lease.outcomes is None
+        """Nothing of it was ever sent, as far as is known."""
         size = len(lease.batch)
         outcomes = lease.outcomes
         self.states = bytearray(size if outcomes is None else outcomes.states)
@@ -80,12 +98,20 @@ class _Progress:
             self.times.byteswap()
         self.details: dict[int, Detail] = {} if outcomes is None else {each.index: each for each in outcomes.details}
         self.removals: set[Removal] = set()
+        self.quarantines: set[Quarantine] = set()
         self.open = 0
-        """Notifications with the carrier."""
+        """Notifications with the carrier, or about to be."""
         self.due_at: float | None = None
         """When the earliest deferred one is due."""
         self.retried: set[int] = set()
         """Handed to the carrier a second time under this lease."""
+        self.planned: dict[tuple[Outcome, int, int | None], tuple[float, policy.Again]] = {}
+        """Recent decisions to send again, and until when they hold for others, by outcome, tries and expiration."""
+
+    def patience_from(self, index: int) -> float:
+        """UNIX seconds from which it is counted how long a notification is tried."""
+        detail = self.details.get(index)
+        return self.batch.created_at if detail is None or detail.again_from is None else detail.again_from
 
     def headers(self, index: int) -> Headers:
         batch = self.batch
@@ -120,6 +146,31 @@ class _Progress:
         return Outcomes(self.batch.id, self.attempt, bytes(self.states), times.tobytes(), tuple(self.details.values()))
 
 
+class _Lane:
+    """What is known of an app in an environment: how its notifications fare."""
+
+    __slots__ = ("alarmed_at", "bad", "crowd", "good")
+
+    def __init__(self) -> None:
+        self.crowd = policy.Crowd()
+        self.good = 0
+        self.bad = 0
+        """Device tokens that Apple took, and that it did not know; old ones count for less and less."""
+        self.alarmed_at = -math.inf
+
+    def count(self, good: int, bad: int) -> None:
+        self.good += good
+        self.bad += bad
+        if self.good + self.bad > 10_000:
+            self.good //= 2
+            self.bad //= 2
+
+    @property
+    def doubtful(self) -> bool:
+        """So many device tokens are unknown that the environment is more likely to be wrong than they are."""
+        return self.bad > max(_MANY_BAD, self.good)
+
+
 _LITTLE = array("H", (1,)).tobytes() == b"\1\0"
 """Whether this machine's integers must be turned round for the wire's order."""
 
@@ -148,6 +199,11 @@ class Relay:
         """Batches with news that are not recorded yet."""
         self._news = asyncio.Event()
         self._waiters: dict[str, set[asyncio.Event]] = {}
+        self._lanes: dict[Lane, _Lane] = {}
+        self._recording = asyncio.Event()
+        """Set while outcomes can be recorded; nothing is sent otherwise."""
+        self._recording.set()
+        self._cautious: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
         self._sends = _Sends()
 
@@ -191,6 +247,20 @@ class Relay:
         """Durable on return, all or nothing. Raises Overloaded, StoreError."""
         await self._queue.put(batches)
         self._telemetry.taken(batches[0].app, sum(map(len, batches)))
+        crash.point("taken")
+
+    @property
+    def room(self) -> int:
+        """How many more notifications `enqueue` would take."""
+        return self._queue.room
+
+    async def buried(self, app: str | None, before: str | None, limit: int) -> Sequence[Receipt]:
+        """What was given up on, newest first: of one app or of all, and before the one with the id `before`."""
+        return await self._store.find_buried(app, before, limit)
+
+    async def replay(self, ids: Sequence[str]) -> Sequence[str]:
+        """Have buried notifications sent again, under the same ids; which of these that are."""
+        return await self._store.replay(ids)
 
     async def receipts(self, ids: Sequence[str]) -> Sequence[Receipt | None]:
         """The last known state of each; None where no such notification was taken."""
@@ -209,7 +279,7 @@ class Relay:
                 while True:
                     changed.clear()
                     (found,) = await self._store.find_receipts([notification_id])
-                    if found is None or found.state is not State.QUEUED:
+                    if found is None or found.state not in _NOT_ENDED:
                         return found
                     await changed.wait()
         except TimeoutError:
@@ -255,26 +325,56 @@ class Relay:
     async def work(self) -> None:
         """Lease and carry until cancelled. One task runs it.
 
-        A store that fails lends nothing, so nothing is sent whose outcome could not be recorded.
+        A store that fails lends nothing, and while outcomes cannot be recorded nothing more is lent either.
         """
         while True:
+            await self._recording.wait()
             full = await self._carrier.ready()
             try:
-                leases = await self._queue.take(_LEASES, full)
+                leases = await self._take(full)
             except StoreError as error:
                 _log.error("cannot_lease", why=str(error))
                 await asyncio.sleep(_STORE_PAUSE_S)
                 continue
+            if leases:
+                crash.point("leased")
             for lease in leases:
                 self._begin(lease)
 
+    async def _take(self, full: frozenset[Lane]) -> Sequence[Lease]:
+        """Leases of lanes that are not full; none as soon as other lanes are."""
+        if not full:
+            return await self._queue.take(_LEASES)
+        taking = asyncio.ensure_future(self._queue.take(_LEASES, full))
+        changing = asyncio.ensure_future(self._carrier.ready(full))
+        try:
+            await asyncio.wait((taking, changing), return_when=asyncio.FIRST_COMPLETED)
+            return taking.result() if taking.done() else ()
+        finally:
+            for each in (taking, changing):
+                each.cancel()
+
     def _begin(self, lease: Lease) -> None:
-        progress = _Progress(lease)
+        name = lease.batch.app, lease.batch.environment
+        lane = self._lanes.get(name)
+        if lane is None:
+            lane = self._lanes[name] = _Lane()
+        progress = _Progress(lease, lane)
         now = self._clock()
         indices = self._due(progress, now)
+        if progress.fresh:
+            lane.crowd.sent(len(indices), now)
+        if any(each.at_most_once for each in progress.batch.headers):
+            once = [index for index in indices if progress.headers(index).at_most_once]
+            if once:
+                indices = [index for index in indices if not progress.headers(index).at_most_once]
+                progress.open += len(once)
+                task = self._loop.create_task(self._carry_once(progress, once))
+                self._cautious.add(task)
+                task.add_done_callback(self._cautious.discard)
         if indices:
             self._carry(progress, indices)
-        else:
+        elif not progress.open:
             self._note(progress)
 
     def _due(self, progress: _Progress, now: float) -> Sequence[int]:
@@ -282,6 +382,12 @@ class Relay:
         size = len(progress.batch)
         indices: Sequence[int] = range(size)
         if any(progress.states) or progress.details:
+            lost = [index for index in range(size) if progress.states[index] == State.SENT]
+            for index in lost:
+                why = "the server ended before the answer came"
+                attempts = _attempts(progress.details.get(index))
+                progress.details[index] = Detail(index, reason="NoAnswer", why=why, attempts=attempts)
+            progress.set_state(lost, State.UNKNOWN, now)
             indices = [index for index in range(size) if progress.states[index] == State.QUEUED]
             later = [index for index in indices if _due_at(progress.details.get(index)) > now]
             if later:
@@ -291,7 +397,11 @@ class Relay:
         created_at = progress.batch.created_at
         kinds = progress.batch.headers
         if any(policy.deadline(created_at, each.expiration) < now for each in kinds):
-            over = [index for index in indices if policy.deadline(created_at, progress.headers(index).expiration) < now]
+            over = [
+                index
+                for index in indices
+                if policy.deadline(progress.patience_from(index), progress.headers(index).expiration) < now
+            ]
             for index in over:
                 expiration = progress.headers(index).expiration
                 state = State.BURIED if expiration is None else State.EXPIRED
@@ -302,15 +412,32 @@ class Relay:
             indices = [index for index in indices if index not in gone]
         return indices
 
+    async def _carry_once(self, progress: _Progress, indices: Sequence[int]) -> None:
+        """Carry these after it is durable that they are being sent: no crash has them sent a second time."""
+        progress.set_state(indices, State.SENT, self._clock())
+        try:
+            await self._store.record([progress.outcomes()], ())
+        except StoreError as error:
+            _log.error("cannot_record", why=str(error), batches=1)
+            progress.open -= len(indices)
+            progress.set_state(indices, State.QUEUED, self._clock())
+            self._put_off(progress, self._clock() + _STORE_PAUSE_S)
+            self._note(progress)
+            return
+        progress.open -= len(indices)
+        self._carry(progress, indices)
+
     def _carry(self, progress: _Progress, indices: Sequence[int]) -> None:
         progress.open += len(indices)
 
         def report(done: Sequence[int], outcome: Outcome) -> None:
             progress.open -= len(done)
+            crash.point("answered")
             self._telemetry.answered(progress.batch.app, outcome, len(done))
             if outcome is ACCEPTED:
                 progress.set_state(done, State.ACCEPTED, self._clock())
                 progress.forget_trouble(done)
+                progress.lane.count(len(done), 0)
             else:
                 self._decide(progress, done, outcome)
             self._note(progress)
@@ -323,30 +450,80 @@ class Relay:
         again: list[int] = []
         for index in indices:
             attempts = _attempts(progress.details.get(index))
-            decision = policy.decide(
-                outcome,
-                attempts,
-                now,
-                created_at=progress.batch.created_at,
-                expiration=progress.headers(index).expiration,
-                random=random.random(),  # noqa: S311 - spreads retries, guards nothing
-            )
+            decision = self._decision(progress, index, outcome, attempts, now)
             detail = _detail(index, outcome, decision, attempts)
+            before = progress.details.get(index)
+            if before is not None and before.again_from is not None:
+                detail = replace(detail, again_from=before.again_from)
             if isinstance(decision, policy.End):
                 progress.set_state((index,), decision.state, now)
+                if decision.state is State.BURIED:
+                    crash.point("buried")
+                if decision.state is State.ACCEPTED:
+                    progress.lane.count(1, 0)
                 if decision.removed_since is not None:
                     progress.removals.add(_removal(progress.batch, index, decision.removed_since))
+                if decision.quarantined_until is not None:
+                    self._hold_back(progress, index, decision.quarantined_until)
             elif decision.at <= now and index not in progress.retried:
                 progress.retried.add(index)
                 detail = replace(detail, attempts=attempts + decision.counted)
                 again.append(index)
             else:
-                due_at = max(decision.at, now + _ELSEWHERE_S)
+                due_at = decision.at if decision.at > now else now + _elsewhere_s(now - progress.batch.created_at)
                 detail = replace(detail, attempts=attempts + decision.counted, due_at=due_at)
-                progress.due_at = due_at if progress.due_at is None else min(progress.due_at, due_at)
+                if progress.states[index] == State.SENT:  # it certainly was not acted on
+                    progress.set_state((index,), State.QUEUED, now)
+                self._put_off(progress, due_at)
             progress.details[index] = detail
         if again:
             self._carry(progress, again)
+
+    def _decision(
+        self, progress: _Progress, index: int, outcome: Outcome, attempts: int, now: float
+    ) -> policy.Decision:
+        """What follows; what of a batch is to be sent again for one reason shares a time, and so a lease."""
+        headers = progress.headers(index)
+        reason = (outcome, attempts, headers.expiration)
+        until, shared = progress.planned.get(reason, (0.0, None))
+        crowd = progress.lane.crowd
+        answered = isinstance(outcome, Answered)
+        if shared is not None and now < until:
+            if answered:
+                crowd.plan()
+            return shared
+        decision = policy.decide(
+            outcome,
+            attempts,
+            now,
+            created_at=progress.patience_from(index),
+            expiration=headers.expiration,
+            at_most_once=headers.at_most_once,
+            crowd_s=crowd.wait_s(now),
+            random=random.random(),  # noqa: S311 - spreads retries, guards nothing
+        )
+        if isinstance(decision, policy.Again) and decision.at > now:
+            decision = replace(decision, at=decision.at + _TOGETHER_S)  # nobody's pause becomes shorter by sharing it
+            progress.planned[reason] = now + _TOGETHER_S, decision
+            if answered:
+                crowd.plan()
+        return decision
+
+    def _hold_back(self, progress: _Progress, index: int, until: int) -> None:
+        """Quarantine a device token, unless nearly all are unknown to Apple: then it is not they that are wrong."""
+        batch, lane = progress.batch, progress.lane
+        lane.count(0, 1)
+        if not lane.doubtful:
+            token = DeviceToken(batch.tokens[index].decode())
+            progress.quarantines.add(Quarantine(batch.app, batch.environment, token, until))
+        elif self._loop.time() > lane.alarmed_at + _ALARM_S:
+            lane.alarmed_at = self._loop.time()
+            hint = "most device tokens are of the other environment, or of another app: check environment and topic"
+            _log.error("apple_knows_few_tokens", app=batch.app, environment=batch.environment.value, hint=hint)
+
+    @staticmethod
+    def _put_off(progress: _Progress, due_at: float) -> None:
+        progress.due_at = due_at if progress.due_at is None else min(progress.due_at, due_at)
 
     # -- settle --------------------------------------------------------------------------------------------------
 
@@ -360,7 +537,9 @@ class Relay:
             await self._news.wait()
             try:
                 await self._settle_once()
+                self._recording.set()
             except StoreError as error:
+                self._recording.clear()
                 _log.error("cannot_record", why=str(error), batches=len(self._dirty))
                 await asyncio.sleep(_STORE_PAUSE_S)
                 self._news.set()
@@ -380,17 +559,23 @@ class Relay:
             return
         ends = [LeaseEnd(each.batch.id, each.attempt, _again_at(each)) for each in dirty.values() if not each.open]
         removals = {removal for each in dirty.values() for removal in each.removals}
-        await self._store.record([each.outcomes() for each in dirty.values()], tuple(removals))
+        quarantines = {quarantine for each in dirty.values() for quarantine in each.quarantines}
+        await self._store.record([each.outcomes() for each in dirty.values()], tuple(removals), tuple(quarantines))
+        crash.point("recorded")
         for each in dirty.values():
             each.removals -= removals
+            each.quarantines -= quarantines
         for batch_id in dirty:
             for changed in self._waiters.get(batch_id, ()):
                 changed.set()
         if ends:
             await self._queue.finish(ends)
+            crash.point("finished")
 
     async def drain(self) -> None:
         """After `work` and `settle` were stopped and the carrier closed: record and finish all that is known."""
+        while self._cautious:
+            await asyncio.wait(set(self._cautious))
         while self._dirty:
             await self._settle_once()
 
@@ -460,6 +645,11 @@ def _detail(index: int, outcome: Outcome, decision: policy.Decision, attempts: i
         )
     word = "NotProcessed" if isinstance(outcome, NotProcessed) else "NoAnswer"
     return Detail(index, reason=word, why=outcome.why, attempts=attempts)
+
+
+def _elsewhere_s(age_s: float) -> float:
+    """The pause before what came back unprocessed is tried again: longer for what has waited for long already."""
+    return min(max(age_s / 10, _ELSEWHERE_S), _ELSEWHERE_MAX_S)
 
 
 def _due_at(detail: Detail | None) -> float:

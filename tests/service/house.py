@@ -53,7 +53,9 @@ class House:
         return [f"{batch.id}{place:04x}" for batch in batches for place in range(1, len(batch) + 1)]
 
     async def receipts(
-        self, ids: Sequence[str], until: Callable[[Receipt], bool] = lambda receipt: receipt.state is not State.QUEUED
+        self,
+        ids: Sequence[str],
+        until: Callable[[Receipt], bool] = lambda receipt: receipt.state not in (State.QUEUED, State.SENT),
     ) -> list[Receipt]:
         """The receipts, once all of them are as wanted."""
         async with asyncio.timeout(PATIENCE_S):

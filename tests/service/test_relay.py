@@ -13,7 +13,7 @@ import structlog
 
 from heliograph.carriers.apns import PoolSettings
 from heliograph.errors import NotConnected, Refused, StoreError
-from heliograph.model import Environment, Headers, PushType, State
+from heliograph.model import Environment, Headers, Outcomes, PushType, State
 from heliograph.protocols.http2 import ErrorCode
 from heliograph.simulator.faults import Answer
 from heliograph.simulator.server import Simulator
@@ -174,12 +174,73 @@ async def test_service_unavailable_is_deferred_with_the_time_of_the_next_try(hou
     assert receipt.next_attempt_at - receipt.created_at == pytest.approx(3600, abs=60)
 
 
-async def test_a_bad_device_token_is_rejected_and_not_removed(house: House) -> None:
+async def test_a_bad_device_token_is_rejected_and_held_back_at_admission_for_a_while(house: House) -> None:
     house.apple.register(token(5), environment=Environment.DEVELOPMENT)
     ids = await house.push([token(5)])
     (receipt,) = await house.receipts(ids)
     assert (receipt.state, receipt.reason, receipt.status) == (State.REJECTED, "BadDeviceToken", 400)
-    assert set(await house.store.held_among(APP, Environment.PRODUCTION, [token(5).encode()])) == set()
+    admitted = await house.relay.admit(APP, None, [HEADERS], [token(4), token(5)], [PAYLOAD])
+    assert [(refused.reason, refused.index) for refused in admitted.refused] == [("BadDeviceToken", 1)]
+
+
+async def test_where_apple_knows_hardly_a_token_it_is_the_environment_that_is_wrong_and_none_is_held_back(
+    house: House,
+) -> None:
+    tokens = [token(number) for number in range(200)]
+    for each in tokens:
+        house.apple.register(each, environment=Environment.DEVELOPMENT)
+    with structlog.testing.capture_logs() as logs:
+        receipts = await house.receipts(await house.push(tokens))
+    assert {receipt.reason for receipt in receipts} == {"BadDeviceToken"}
+    held = await house.store.held_among(APP, Environment.PRODUCTION, [each.encode() for each in tokens])
+    assert len(held) <= 21
+    assert [entry["event"] for entry in logs if entry["log_level"] == "error"] == ["apple_knows_few_tokens"]
+
+
+async def test_what_is_sent_at_most_once_is_not_sent_again_where_apple_may_have_acted_on_it(house: House) -> None:
+    house.apple.resets(token(2), ErrorCode.INTERNAL_ERROR, times=1)
+    house.apple.resets(token(3), ErrorCode.REFUSED_STREAM, times=1)
+    once = Headers(TOPIC, at_most_once=True)
+    ids = await house.push([token(number) for number in range(2, 6)], headers=[once])
+    receipts = await house.receipts(ids)
+    states = [State.UNKNOWN, State.ACCEPTED, State.ACCEPTED, State.ACCEPTED]
+    assert [receipt.state for receipt in receipts] == states
+    assert sorted(each.token for each in house.apple.received) == [token(3), token(4), token(5)]
+
+
+async def test_what_was_being_sent_at_most_once_when_the_server_died_ends_as_unknown(
+    tmp_path: Path, apple: Simulator
+) -> None:
+    async with open_house(tmp_path, apple, working=False) as house:
+        ids = await house.push([token(1), token(2)], headers=[Headers(TOPIC, at_most_once=True)])
+        (lease,) = await house.store.take(1)
+        states = bytes((State.SENT, State.QUEUED))
+        await house.store.record([Outcomes(lease.batch.id, lease.attempt, states, bytes(8))], ())
+    async with open_house(tmp_path, apple) as house:
+        receipts = await house.receipts(ids)
+    assert [receipt.state for receipt in receipts] == [State.UNKNOWN, State.ACCEPTED]
+    assert receipts[0].why == "the server ended before the answer came"
+    assert [each.token for each in apple.received] == [token(2)]
+
+
+async def test_at_most_once_is_written_down_before_it_is_sent(house: House) -> None:
+    house.apple.delays(0.3)
+    (notification_id,) = await house.push([token(1)], headers=[Headers(TOPIC, at_most_once=True)])
+    (receipt,) = await house.receipts([notification_id], lambda receipt: receipt.state is not State.QUEUED)
+    assert receipt.state is State.SENT
+    receipt_or_none = await house.relay.receipt(notification_id, PATIENCE_S)
+    assert receipt_or_none is not None
+    assert receipt_or_none.state is State.ACCEPTED
+
+
+async def test_refusals_of_one_batch_for_one_reason_are_sent_again_together(house: House) -> None:
+    house.apple.misbehaves(Answer(503, "ServiceUnavailable"), times=300)
+    before = house.store.commits
+    ids = await house.push([token(number) for number in range(300)])
+    receipts = await house.receipts(ids)
+    assert {receipt.state for receipt in receipts} == {State.ACCEPTED}
+    assert {receipt.attempts for receipt in receipts} == {2}
+    assert house.store.commits - before < 100
 
 
 async def test_what_was_enqueued_before_a_restart_is_sent_after_it(tmp_path: Path, apple: Simulator) -> None:
