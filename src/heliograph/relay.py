@@ -3,9 +3,9 @@
 The way of a batch: a door hands columns to `admit`, which refuses the hopeless, and the batches to `enqueue`, which
 returns when they are durable. `work` leases batches, hands them to the carrier and keeps what it reports in a
 `_Progress`; `policy` says what follows where the answer was no plain 200. Settling runs behind, always in this order:
-record outcomes and removals in the store, then finish leases. Each step may be repeated, so a crash between two of
-them repeats work and loses none. What is to be sent at most once is the exception: it is written down as sent before
-it is, and whoever finds it like that later does not send it.
+record outcomes and removals in the store, then finish leases. Each step may be repeated, so a crash between two of them
+repeats work and loses none. What is to be sent at most once is the exception: it is written down as sent before it is,
+and whoever finds it like that later does not send it.
 
 `send` carries one notification at once, in this process, for callers who wait and keep the responsibility.
 """
@@ -197,6 +197,8 @@ class Relay:
         self._clock = clock
         self._dirty: dict[str, _Progress] = {}
         """Batches with news that are not recorded yet."""
+        self._ended: list[LeaseEnd] = []
+        """Ends of leases all of whose outcomes are recorded."""
         self._news = asyncio.Event()
         self._waiters: dict[str, set[asyncio.Event]] = {}
         self._lanes: dict[Lane, _Lane] = {}
@@ -548,13 +550,21 @@ class Relay:
     async def _settle_once(self) -> None:
         self._news.clear()
         dirty, self._dirty = self._dirty, {}
+        ended, self._ended = self._ended, []
         try:
-            await self._settle_these(dirty)
+            # Both at once share a commit. What is ended here was recorded by the round before.
+            await asyncio.gather(self._finish(ended), self._record(dirty))
         except BaseException:  # cancelled, or the store failed: it stays to be done, and may be done twice
             self._dirty = {**dirty, **self._dirty}
+            self._ended += ended
             raise
 
-    async def _settle_these(self, dirty: dict[str, _Progress]) -> None:
+    async def _finish(self, ends: Sequence[LeaseEnd]) -> None:
+        if ends:
+            await self._queue.finish(ends)
+            crash.point("finished")
+
+    async def _record(self, dirty: dict[str, _Progress]) -> None:
         if not dirty:
             return
         ends = [LeaseEnd(each.batch.id, each.attempt, _again_at(each)) for each in dirty.values() if not each.open]
@@ -569,14 +579,14 @@ class Relay:
             for changed in self._waiters.get(batch_id, ()):
                 changed.set()
         if ends:
-            await self._queue.finish(ends)
-            crash.point("finished")
+            self._ended += ends
+            self._news.set()
 
     async def drain(self) -> None:
         """After `work` and `settle` were stopped and the carrier closed: record and finish all that is known."""
         while self._cautious:
             await asyncio.wait(set(self._cautious))
-        while self._dirty:
+        while self._dirty or self._ended:
             await self._settle_once()
 
 
