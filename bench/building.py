@@ -13,6 +13,7 @@ from pathlib import Path
 
 BENCH = Path(__file__).parent
 BUILD = BENCH / ".build"
+C_TOOLS = "apt-get install gcc libnghttp2-dev libssl-dev"
 
 
 class Absent(Exception):
@@ -47,6 +48,18 @@ def build(product: Path, sources: Iterable[Path], steps: Sequence[Sequence[str]]
         if done.returncode:
             raise Failed(f"`{' '.join(step)}` failed:\n{last_words(done.stdout + done.stderr)}")
     product.touch()
+
+
+def c_program(name: str, probe: str, flags: Sequence[str] = (), libraries: Sequence[str] = ()) -> Path:
+    """The program built from `bench/NAME.c`. Raises Absent where the compiler or a header in `probe` is missing."""
+    compiler = need("gcc", C_TOOLS)
+    headers = subprocess.run([compiler, "-E", "-"], input=probe, check=False, capture_output=True, text=True)
+    if headers.returncode:
+        raise Absent(f"headers that bench/{name}.c needs are not on this machine: {C_TOOLS}")
+    product, source = BUILD / name, BENCH / f"{name}.c"
+    command = [compiler, "-O2", "-Wall", "-Wextra", *flags, "-o", str(product), str(source), *libraries]
+    build(product, [source], [command], BUILD)
+    return product
 
 
 def copy_sources(source: Path, target: Path) -> None:

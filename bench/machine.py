@@ -6,10 +6,14 @@ import os
 import platform
 import socket
 import ssl
+import statistics
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 CONTESTANT_CORE = 0
 FAR_SIDE_CORE = 1
@@ -81,6 +85,57 @@ def cpu_of_tree(pid: int) -> float:
         fields = (PROC / str(member) / "stat").read_text().rpartition(")")[2].split()
         ticks += int(fields[11]) + int(fields[12])
     return ticks / os.sysconf("SC_CLK_TCK")
+
+
+class ThreadsCpu(NamedTuple):
+    """CPU seconds of a process, by thread. Python 3.11 does not tell the system its threads' names."""
+
+    loop: float
+    """The main thread: the event loop."""
+    writer: float
+    """The busiest of the others: SQLite's writer, where something is stored."""
+    rest: float
+
+    @property
+    def total(self) -> float:
+        return self.loop + self.writer + self.rest
+
+    def minus(self, before: ThreadsCpu) -> ThreadsCpu:
+        return ThreadsCpu(*(now - then for now, then in zip(self, before, strict=True)))
+
+
+def cpu_of_threads(pid: int) -> ThreadsCpu:
+    """As `cpu_of_tree`, for one process by threads; those that ended are left out."""
+    used = {}
+    for thread in (PROC / str(pid) / "task").iterdir():
+        fields = (thread / "stat").read_text().rpartition(")")[2].split()
+        used[int(thread.name)] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    loop = used.pop(pid)
+    others = sorted(used.values(), reverse=True) or [0.0]
+    return ThreadsCpu(loop, others[0], sum(others[1:]))
+
+
+def memory_mb(pid: int) -> tuple[float, float]:
+    """Resident memory of a process in MB: now, and the most since its start or `forget_peak`."""
+    status = dict(line.split(":", 1) for line in (PROC / str(pid) / "status").read_text().splitlines())
+    now, peak = (int(status[field].split()[0]) / 1024 for field in ("VmRSS", "VmHWM"))
+    return now, peak
+
+
+def forget_peak(pid: int) -> None:
+    (PROC / str(pid) / "clear_refs").write_text("5")  # proc(5): sets the peak to what is resident now
+
+
+def sync_ms(folder: Path) -> float:
+    """How long a small durable write takes here: the floor under every commit."""
+    times = []
+    with tempfile.TemporaryFile(dir=folder) as file:
+        for _ in range(50):
+            began = time.perf_counter()
+            os.write(file.fileno(), bytes(4096))
+            os.fdatasync(file.fileno())
+            times.append(time.perf_counter() - began)
+    return statistics.median(times) * 1000
 
 
 def rss_of_tree_mb(pid: int) -> float:

@@ -23,6 +23,7 @@ from bench.far_side import Seen, sink
 from bench.machine import CONTESTANT_CORE, on_core
 
 TIME_LIMIT_S = 180
+ROUNDS = 5
 
 
 class Contestant(msgspec.Struct, frozen=True):
@@ -47,6 +48,8 @@ class Options(msgspec.Struct, frozen=True):
     """None: what the bench thinks right."""
     only: frozenset[str] = frozenset()
     mixed_tokens: bool = False
+    profile: bool = False
+    """Show functions where the report says what CPU time goes into."""
 
     @property
     def tokens(self) -> Path:
@@ -63,6 +66,8 @@ class Spread(msgspec.Struct, frozen=True):
         return cls(statistics.median(values), min(values), max(values))
 
     def __str__(self) -> str:
+        if self.low == self.high:
+            return _digits(self.median)
         return f"{_digits(self.median)} ({_digits(self.low)}-{_digits(self.high)})"
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import http.client
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,12 @@ class Server:
         self.port = port
         self._headers = {"authorization": f"Bearer {key}", "content-type": "application/json"}
 
+    def http_post(self, body: bytes) -> bytes:
+        """A whole HTTP/1.1 request that posts notifications."""
+        head = f"POST /v1/notifications HTTP/1.1\r\nhost: 127.0.0.1:{self.port}\r\ncontent-length: {len(body)}\r\n"
+        head += "".join(f"{name}: {value}\r\n" for name, value in self._headers.items())
+        return head.encode() + b"\r\n" + body
+
     def connect(self) -> http.client.HTTPConnection:
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
 
@@ -47,19 +56,19 @@ class Server:
         return json.loads(self.ask(connection, "POST", "/v1/notifications", body))
 
 
-def write_config(folder: Path, data: Path, apple_port: int) -> tuple[Path, int, str]:
+def write_config(folder: Path, data: Path, apple_port: int, apps: Sequence[str]) -> tuple[Path, int, str]:
     """A configuration whose Apple is the far side: the file, the API's port, the API key."""
     port, key = free_port(), "hg_" + os.urandom(24).hex()
     key_file = folder / "bench-api-key"
     key_file.touch(mode=0o600)
     key_file.write_text(key)
-    config = folder / "heliograph.toml"
-    config.write_text(
-        f"""data = "{folder / "data"}"
+    text = f"""data = "{folder / "data"}"
 [api]
 port = {port}
 key = "file:{key_file}"
-[apps.{APP}]
+"""
+    for app in apps:
+        text += f"""[apps.{app}]
 key = "{data / "AuthKey.p8"}"
 key_id = "{KEY_ID}"
 team_id = "{TEAM_ID}"
@@ -68,21 +77,38 @@ host = "127.0.0.1"
 port = {apple_port}
 ca = "{data / "ca.pem"}"
 """
-    )
+    config = folder / "heliograph.toml"
+    config.write_text(text)
     return config, port, key
 
 
 @contextmanager
-def heliograph(folder: Path, data: Path, apple_port: int, profile: Path | None = None) -> Iterator[Server]:
+def heliograph(
+    folder: Path, data: Path, apple_port: int, profile: Path | None = None, apps: Sequence[str] = (APP,)
+) -> Iterator[Server]:
     """`heliograph serve` on the contestant's core, with its data in `folder`. It may not listen yet.
 
     With `profile`, what CPU time went into is written there as the server ends (see `profiled.py`).
     """
-    config, port, key = write_config(folder, data, apple_port)
+    config, port, key = write_config(folder, data, apple_port, apps)
     if profile is None:
         command = [str(Path(sys.executable).parent / "heliograph"), "serve", "--config", str(config)]
     else:
         command = [sys.executable, "-m", "bench.profiled", str(config), str(profile)]
+    with _running("heliograph serve", command, port, key) as server:
+        yield server
+
+
+@contextmanager
+def bare() -> Iterator[Server]:
+    """The least that such a server can do (see `bare_api.py`), in heliograph's place. It may not listen yet."""
+    port = free_port()
+    with _running("bench.bare_api", [sys.executable, "-m", "bench.bare_api", str(port)], port, "none") as server:
+        yield server
+
+
+@contextmanager
+def _running(name: str, command: Sequence[str], port: int, key: str) -> Iterator[Server]:
     with tempfile.TemporaryFile("w+") as log:
         with on_core(CONTESTANT_CORE):
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=BENCH.parent)
@@ -90,7 +116,7 @@ def heliograph(folder: Path, data: Path, apple_port: int, profile: Path | None =
             yield Server(process.pid, port, key)
         except (OSError, Failed) as why:
             log.seek(0)
-            raise Failed(f"heliograph serve: {why}\n{last_words(log.read())}") from None
+            raise Failed(f"{name}: {why}\n{last_words(log.read())}") from None
         finally:
             process.send_signal(signal.SIGTERM)
             try:
@@ -113,6 +139,47 @@ def await_listening(server: Server) -> None:
             connection.close()
             return
     raise Failed(f"the API did not listen within {START_S} s")
+
+
+def post_all(server: Server, bodies: Iterable[bytes], posters: int = 4) -> list[str]:
+    """Post all, `posters` requests at a time, and return the ids of the notifications. Raises Failed."""
+    waiting = iter(bodies)
+    gate = threading.Lock()
+
+    def poster() -> list[str]:
+        connection = server.connect()
+        ids: list[str] = []
+        try:
+            while True:
+                with gate:  # generators are not for several threads at once
+                    body = next(waiting, None)
+                if body is None:
+                    return ids
+                ids += server.post(connection, body)["ids"]
+        finally:
+            connection.close()
+
+    with concurrent.futures.ThreadPoolExecutor(posters) as pool:
+        return [one for ids in pool.map(lambda _: poster(), range(posters)) for one in ids]
+
+
+def accepted(server: Server, connection: http.client.HTTPConnection, app: str | None = None) -> int:
+    """How many notifications of an app, or of all, Apple has accepted since the server started, as its metrics say."""
+    metrics = server.ask(connection, "GET", "/metrics").decode()
+    series = re.findall(r"^heliograph_answers_total\{(.*)\} (\S+)$", metrics, re.MULTILINE)
+    wanted = {'outcome="accepted"'} if app is None else {'outcome="accepted"', f'app="{app}"'}
+    return sum(int(float(value)) for labels, value in series if wanted <= set(labels.split(",")))
+
+
+def await_accepted(server: Server, total: int, *, patience_s: float = 120, pause_s: float = 0.02) -> None:
+    """Return when Apple has accepted so many since the server started. Raises Failed."""
+    connection = server.connect()
+    deadline = time.perf_counter() + patience_s
+    while (count := accepted(server, connection)) < total:
+        if time.perf_counter() > deadline:
+            raise Failed(f"after {patience_s:.0f} s, {count} of {total} notifications are accepted")
+        time.sleep(pause_s)
+    connection.close()
 
 
 def shared_payload(tokens: Sequence[str], payload: bytes) -> bytes:

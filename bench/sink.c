@@ -9,7 +9,10 @@
 // A device token of the test data says its own length: its first octet is the number of its octets. So the sink sees a
 // path that was cut or that ran into the next field, whatever the length.
 //
-// usage: sink -c CERT.pem -k KEY.pem [-p PORT] [-l ANSWER_LATER_MS] [-m MAX_STREAMS]
+// A payload with `"id":"` and 10 digits in it has a sequence number (see load.c). With -o, when each of these was read
+// from the socket is kept, as an array of `Arrival`; the file is written on SIGTERM.
+//
+// usage: sink -c CERT.pem -k KEY.pem [-p PORT] [-l ANSWER_LATER_MS] [-m MAX_STREAMS] [-o LOG]
 // Prints {"port": ...} once it listens; on SIGTERM one line of JSON with what it saw.
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -40,11 +43,22 @@ enum { END_STREAM = 1, ACK = 1, END_HEADERS = 4, PADDED = 8, PRIORITY_FLAG = 0x2
 #define WINDOW (1 << 24)         // so large that flow control never decides a comparison
 #define FLUSH_AT 32768           // two full TLS records: answers leave in large writes, yet never pile up
 #define ID_LENGTH 36             // a UUID as text
+#define SEQUENCE_MARK "\"id\":\""
+#define SEQUENCE_DIGITS 10
 
 static int answer_later_ms = 0, max_streams = 1000;
 static uint64_t requests, bad_requests, connections, most_open, header_octets;
 static char first_fault[200];
 static volatile sig_atomic_t stopping;
+
+typedef struct {
+    uint64_t ns, sequence;       // CLOCK_MONOTONIC
+} Arrival;
+
+static const char *log_path;
+static Arrival *arrivals;
+static size_t arrivals_length, arrivals_size;
+static uint64_t first_ns, read_ns;  // when the first request came, when the octets in hand were read
 
 typedef struct {
     uint32_t stream, body;
@@ -87,10 +101,14 @@ static void on_signal(int number) {
     stopping = 1;
 }
 
-static uint64_t now_us(void) {
+static uint64_t now_ns(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec * 1000000ull + t.tv_nsec / 1000;
+    return t.tv_sec * 1000000000ull + t.tv_nsec;
+}
+
+static uint64_t now_us(void) {
+    return now_ns() / 1000;
 }
 
 static int fault(const char *why) {
@@ -168,7 +186,7 @@ static void answer(Connection *c, Request *r) {
 
 static void complete(Connection *c, Request *r) {
     r->used = 0;
-    requests++;
+    if (!requests++) first_ns = now_ns();
     if (!r->fault && (r->body == 0 || r->last_octet != '}')) r->fault = "a body that is not a JSON object";
     if (r->fault) {
         bad_requests++;
@@ -187,6 +205,22 @@ static void complete(Connection *c, Request *r) {
         c->later = ring, c->later_size = larger;
     }
     c->later[c->later_end++ % c->later_size] = (Later){now_us() + answer_later_ms * 1000ull, *r};
+}
+
+static void note_arrival(const uint8_t *data, uint32_t length) {
+    const uint8_t *mark = memmem(data, length, SEQUENCE_MARK, strlen(SEQUENCE_MARK));
+    if (!mark || data + length - mark < (long)strlen(SEQUENCE_MARK) + SEQUENCE_DIGITS) return;
+    uint64_t sequence = 0;
+    for (const uint8_t *p = mark + strlen(SEQUENCE_MARK), *end = p + SEQUENCE_DIGITS; p < end; p++) {
+        if (*p < '0' || *p > '9') return;
+        sequence = sequence * 10 + *p - '0';
+    }
+    if (arrivals_length == arrivals_size) {
+        arrivals_size = arrivals_size ? arrivals_size * 2 : 65536;
+        arrivals = realloc(arrivals, arrivals_size * sizeof *arrivals);
+        if (!arrivals) abort();
+    }
+    arrivals[arrivals_length++] = (Arrival){read_ns, sequence};
 }
 
 static int is(const uint8_t *text, size_t length, const char *word) {
@@ -281,6 +315,7 @@ static int on_data(Connection *c, uint32_t stream, uint8_t flags, const uint8_t 
         if (!r->body && data[0] != '{') r->fault = "a body that is not a JSON object";
         r->body += length;
         r->last_octet = data[length - 1];
+        if (log_path) note_arrival(data, length);
     }
     if (flags & END_STREAM) complete(c, r);
     return 0;
@@ -399,6 +434,7 @@ static int on_readable(Connection *c) {
             break;
         }
         c->in_length += n;
+        if (log_path) read_ns = now_ns();
         if (digest(c)) return -1;
         if (c->out_length - c->out_sent > FLUSH_AT && flush(c)) return -1;
     }
@@ -481,28 +517,37 @@ static int listen_on(int port) {
     return fd;
 }
 
+static int write_log(void) {
+    if (!log_path) return 0;
+    FILE *file = fopen(log_path, "wb");
+    if (file && fwrite(arrivals, sizeof *arrivals, arrivals_length, file) == arrivals_length && !fclose(file)) return 0;
+    perror(log_path);
+    return 1;
+}
+
 static void report(void) {
     struct rusage used;
     getrusage(RUSAGE_SELF, &used);
     double cpu = used.ru_utime.tv_sec + used.ru_stime.tv_sec + (used.ru_utime.tv_usec + used.ru_stime.tv_usec) / 1e6;
     printf("{\"requests\": %lu, \"bad\": %lu, \"connections\": %lu, \"most_open\": %lu, \"header_octets\": %lu, "
-           "\"cpu\": %.3f, \"fault\": \"%s\"}\n",
-           requests, bad_requests, connections, most_open, header_octets, cpu, first_fault);
+           "\"first_ns\": %lu, \"cpu\": %.3f, \"fault\": \"%s\"}\n",
+           requests, bad_requests, connections, most_open, header_octets, first_ns, cpu, first_fault);
 }
 
 int main(int argc, char **argv) {
     int port = 0, option;
     const char *certificate = NULL, *key = NULL;
-    while ((option = getopt(argc, argv, "p:l:m:c:k:")) != -1) switch (option) {
+    while ((option = getopt(argc, argv, "p:l:m:c:k:o:")) != -1) switch (option) {
         case 'p': port = atoi(optarg); break;
         case 'l': answer_later_ms = atoi(optarg); break;
         case 'm': max_streams = atoi(optarg); break;
         case 'c': certificate = optarg; break;
         case 'k': key = optarg; break;
+        case 'o': log_path = optarg; break;
         default: return 2;
     }
     if (!certificate || !key || max_streams < 1 || max_streams > SLOTS / 2) {
-        fprintf(stderr, "usage: sink -c CERT.pem -k KEY.pem [-p PORT] [-l MS] [-m STREAMS up to %d]\n", SLOTS / 2);
+        fprintf(stderr, "usage: sink -c CERT.pem -k KEY.pem [-p PORT] [-l MS] [-m STREAMS up to %d] [-o LOG]\n", SLOTS / 2);
         return 2;
     }
     signal(SIGPIPE, SIG_IGN);
@@ -531,5 +576,5 @@ int main(int argc, char **argv) {
         if (answer_later_ms) answer_what_is_due();
     }
     report();
-    return 0;
+    return write_log();
 }

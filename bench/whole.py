@@ -6,14 +6,9 @@ all are answered and the receipts of the last batch, and of a sample of all, say
 
 from __future__ import annotations
 
-import concurrent.futures
-import http.client
 import itertools
 import json
-import os
-import queue
 import random
-import re
 import statistics
 import tempfile
 import time
@@ -24,9 +19,10 @@ import msgspec
 
 from bench.building import BUILD, Absent, Failed, say
 from bench.far_side import sink
-from bench.machine import FAR_SIDE_CORE, PROC, cpu_of_tree, on_core, rss_of_tree_mb
+from bench.machine import FAR_SIDE_CORE, PROC, cpu_of_tree, on_core, rss_of_tree_mb, sync_ms
+from bench.profiled import report_lines
 from bench.rounds import Options, Report, Spread, header
-from bench.serving import Server, await_listening, heliograph, individual, shared_payload
+from bench.serving import Server, await_accepted, await_listening, heliograph, individual, post_all, shared_payload
 
 NUMBER = 300_000
 WARM = 10_000
@@ -62,7 +58,7 @@ def run(options: Options) -> Report:
             batches=f"{BATCH:,} notifications a request, {POSTERS} requests at a time, HTTP/1.1, 118 octets each",
             rounds=options.rounds,
             notifications=f"{number:,} a run, after {WARM:,} unmeasured",
-            store=f"SQLite, synchronous=FULL; a write of 4 kB with fdatasync takes {_sync_ms(BUILD):.2f} ms there",
+            store=f"SQLite, synchronous=FULL; a write of 4 kB with fdatasync takes {sync_ms(BUILD):.2f} ms there",
         ),
     )
     runs: dict[str, list[Run]] = {shape: [] for shape in SHAPES}
@@ -108,10 +104,7 @@ def _run_once(shape: str, number: int, options: Options, profile: Path | None = 
         secs = time.perf_counter() - began
         cpu = cpu_of_tree(server.pid) - before
         found = Run(taken - began, secs, cpu, rss_of_tree_mb(server.pid))
-    seen = apple.seen
-    assert seen is not None
-    if seen.bad or seen.fault or seen.requests != WARM + number:
-        raise Failed(f"the far side saw {seen.requests} requests, {seen.bad} of them bad: {seen.fault}")
+    apple.must_have(WARM + number)
     return found
 
 
@@ -125,29 +118,11 @@ def _post_and_settle(server: Server, bodies: Sequence[bytes], total: int) -> flo
 
     `total` is how many this server has been given since it started.
     """
-    waiting: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    for body in bodies:
-        waiting.put(body)
-
-    def poster() -> list[str]:
-        connection, ids = server.connect(), []
-        try:
-            while True:
-                ids += server.post(connection, waiting.get_nowait())["ids"]
-        except queue.Empty:
-            return ids
-        finally:
-            connection.close()
-
-    with concurrent.futures.ThreadPoolExecutor(POSTERS) as pool:
-        ids = [one for ids in pool.map(lambda _: poster(), range(POSTERS)) for one in ids]
+    ids = post_all(server, bodies, POSTERS)
     taken = time.perf_counter()
+    await_accepted(server, total, patience_s=PATIENCE_S)
     connection = server.connect()
     deadline = taken + PATIENCE_S
-    while _accepted(server, connection) < total:
-        if time.perf_counter() > deadline:
-            raise Failed(f"after {PATIENCE_S} s, {_accepted(server, connection)} of {total} notifications are accepted")
-        time.sleep(0.02)
     # the last ones to be answered are the last to be recorded, and among them every place of a batch occurs
     for one in [*ids[-BATCH :: BATCH // 10], *random.sample(ids, min(SAMPLE, len(ids)))]:
         while json.loads(server.ask(connection, "GET", f"/v1/notifications/{one}"))["state"] != "accepted":
@@ -157,29 +132,8 @@ def _post_and_settle(server: Server, bodies: Sequence[bytes], total: int) -> flo
     return taken
 
 
-def _accepted(server: Server, connection: http.client.HTTPConnection) -> int:
-    metrics = server.ask(connection, "GET", "/metrics").decode()
-    found = re.search(r'^heliograph_answers_total\{[^}]*outcome="accepted"[^}]*\} (\S+)', metrics, re.MULTILINE)
-    return int(float(found[1])) if found else 0
-
-
 def _where(shape: str, number: int, options: Options, cpu_us: float) -> list[str]:
     with tempfile.TemporaryDirectory(dir=BUILD) as folder:
         profile = Path(folder) / "profile.json"
         _run_once(shape, number, options, profile)
-        booked = json.loads(profile.read_text())
-    total = sum(cpu for _, cpu in booked)
-    shares = [(part, cpu / total) for part, cpu in booked if cpu >= 0.01 * total]
-    return [f"  {share:4.0%}  {share * cpu_us:5.2f} us  {part}" for part, share in shares]
-
-
-def _sync_ms(folder: Path) -> float:
-    """How long a small durable write takes here: the floor under every commit."""
-    times = []
-    with tempfile.TemporaryFile(dir=folder) as file:
-        for _ in range(50):
-            began = time.perf_counter()
-            os.write(file.fileno(), bytes(4096))
-            os.fdatasync(file.fileno())
-            times.append(time.perf_counter() - began)
-    return statistics.median(times) * 1000
+        return report_lines(profile, cpu_us, functions=options.profile)
