@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from enum import IntEnum, StrEnum
 
 from msgspec import Struct
+from msgspec.structs import force_setattr
 
 MAX_BATCH = 1000
 """Notifications in one batch, at most."""
@@ -304,11 +305,12 @@ class App(Struct, frozen=True):
     """Bundle ids; a push type's suffix is allowed on each of them."""
     access: tuple[Access, ...]
     """The first that fits is used."""
+    environments: tuple[Environment, ...] = ()
+    """Those that `access` opens; not to be given."""
 
-    @property
-    def environments(self) -> tuple[Environment, ...]:
-        found = {environment for access in self.access for environment in access.environments}
-        return tuple(environment for environment in Environment if environment in found)
+    def __post_init__(self) -> None:
+        opened = {environment for access in self.access for environment in access.environments}
+        force_setattr(self, "environments", tuple(each for each in Environment if each in opened))
 
     def credentials_for(self, environment: Environment, topic: str) -> Credentials | None:
         """What to send with; `topic` has its suffix."""
