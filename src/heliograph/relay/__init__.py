@@ -1,0 +1,361 @@
+"""The middle: admit, enqueue, send, work, settle.
+
+The way of a batch: a door hands columns to `admit`, which refuses the hopeless, and the batches to `enqueue`, which
+returns when they are durable. `work` leases batches, hands them to the carrier and keeps what it reports in a
+`progress.Progress`, which has `policy` say what follows where the answer was no plain 200. Settling runs behind, always
+in this order: record outcomes and removals in the store, then finish leases. Each step may be repeated, so a crash
+between two of them repeats work and loses none. What is to be sent at most once is the exception: it is written down
+as sent before it is, and whoever finds it like that later does not send it.
+
+`send` carries one notification at once, in this process, for callers who wait and keep the responsibility.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Mapping, Sequence
+
+import structlog
+from msgspec import Struct
+
+from heliograph import admission, crash
+from heliograph.batches import make_batches, new_batch_id, parse_id
+from heliograph.errors import NotConnected, Refused, StoreError
+from heliograph.model import (
+    ACCEPTED,
+    Answered,
+    App,
+    Batch,
+    Environment,
+    Headers,
+    Lane,
+    Lease,
+    LeaseEnd,
+    NotProcessed,
+    Outcome,
+    Receipt,
+    State,
+)
+from heliograph.ports import Carrier, Queue, Store
+from heliograph.relay.progress import LaneState, Progress
+from heliograph.relay.sends import Sends, resolve
+from heliograph.telemetry import Telemetry
+
+_log = structlog.get_logger("heliograph.relay")
+
+_LEASES = 64
+"""Batches leased at a time; enough that single notifications share a lease's write, few enough to bound memory."""
+_SETTLE_S = 0.005
+"""Pause between two rounds of settling: what is learnt meanwhile shares a write."""
+_STORE_PAUSE_S = 1.0
+"""Pause after the store failed; what was learnt is kept meanwhile."""
+_NOT_ENDED = (State.QUEUED, State.SENT)
+
+
+class Admitted(Struct, frozen=True):
+    """What admission made of a request: batches, or what is wrong with it. All or nothing."""
+
+    batches: tuple[Batch, ...]
+    refused: tuple[Refused, ...]
+
+
+class Relay:
+    """The one path between doors and carriers."""
+
+    def __init__(
+        self,
+        queue: Queue,
+        store: Store,
+        carrier: Carrier,
+        apps: Mapping[str, App],
+        telemetry: Telemetry,
+        *,
+        clock: Callable[[], float],
+    ) -> None:
+        """`clock` gives UNIX seconds."""
+        self._queue = queue
+        self._store = store
+        self._carrier = carrier
+        self._apps = apps
+        self._telemetry = telemetry
+        self._clock = clock
+        self._dirty: dict[str, Progress] = {}
+        """Batches with news that are not recorded yet."""
+        self._ended: list[LeaseEnd] = []
+        """Ends of leases all of whose outcomes are recorded."""
+        self._news = asyncio.Event()
+        self._waiters: dict[str, set[asyncio.Event]] = {}
+        self._lanes: dict[Lane, LaneState] = {}
+        self._recording = asyncio.Event()
+        """Set while outcomes can be recorded; nothing is sent otherwise."""
+        self._recording.set()
+        self._cautious: set[asyncio.Task[None]] = set()
+        self._loop = asyncio.get_running_loop()
+        self._sends = Sends()
+
+    # -- admission -----------------------------------------------------------------------------------------------
+
+    async def admit(
+        self,
+        app_name: str,
+        environment: Environment | None,
+        headers: Sequence[Headers],
+        tokens: Sequence[str],
+        payloads: Sequence[bytes],
+    ) -> Admitted:
+        """Turn columns into batches, or say what is wrong with each entry that cannot succeed.
+
+        `headers` and `payloads` have one entry for all or one each. An empty topic means the app's only one;
+        `environment` None means the app's only one. Raises Refused for what concerns all of it.
+        """
+        app = self._apps.get(app_name)
+        if app is None:
+            known = ", ".join(sorted(self._apps)) or "none"
+            raise Refused("UnknownApp", f"There is no app {app_name!r}. Known apps: {known}.", field="app")
+        environment = admission.choose_environment(app, environment)
+        now = self._clock()
+        checked = admission.check(app, now, headers, tokens, payloads)
+        refused = checked.refused
+        held = await self._store.held_among(app_name, environment, checked.tokens)
+        if held:
+            refused += admission.refuse_held(checked.tokens, held)
+        if refused:
+            return Admitted((), tuple(sorted(refused, key=lambda each: each.index or 0)))
+        batches = make_batches(self._new_id, app_name, environment, now, checked.headers, checked.tokens, payloads)
+        return Admitted(tuple(batches), ())
+
+    def _new_id(self) -> str:
+        return new_batch_id(self._clock(), os.urandom(8))
+
+    # -- enqueue, and what became of it --------------------------------------------------------------------------
+
+    async def enqueue(self, batches: Sequence[Batch]) -> None:
+        """Durable on return, all or nothing. Raises Overloaded, StoreError."""
+        await self._queue.put(batches)
+        self._telemetry.taken(batches[0].app, sum(map(len, batches)))
+        crash.point("taken")
+
+    @property
+    def room(self) -> int:
+        """How many more notifications `enqueue` would take."""
+        return self._queue.room
+
+    async def buried(self, app: str | None, before: str | None, limit: int) -> Sequence[Receipt]:
+        """What was given up on, newest first: of one app or of all, and before the one with the id `before`."""
+        return await self._store.find_buried(app, before, limit)
+
+    async def replay(self, ids: Sequence[str]) -> Sequence[str]:
+        """Have buried notifications sent again, under the same ids; which of these that are."""
+        return await self._store.replay(ids)
+
+    async def receipts(self, ids: Sequence[str]) -> Sequence[Receipt | None]:
+        """The last known state of each; None where no such notification was taken."""
+        return await self._store.find_receipts(ids)
+
+    async def receipt(self, notification_id: str, timeout_s: float) -> Receipt | None:
+        """The receipt as soon as its state is final, or as it is after `timeout_s`."""
+        place = parse_id(notification_id)
+        if place is None:
+            return None
+        changed = asyncio.Event()
+        waiters = self._waiters.setdefault(place[0], set())
+        waiters.add(changed)
+        try:
+            async with asyncio.timeout(timeout_s):
+                while True:
+                    changed.clear()
+                    (found,) = await self._store.find_receipts([notification_id])
+                    if found is None or found.state not in _NOT_ENDED:
+                        return found
+                    await changed.wait()
+        except TimeoutError:
+            (found,) = await self._store.find_receipts([notification_id])
+            return found
+        finally:
+            waiters.discard(changed)
+            if not waiters:
+                self._waiters.pop(place[0], None)
+
+    # -- send ----------------------------------------------------------------------------------------------------
+
+    async def send(
+        self, app: str, environment: Environment, headers: Headers, token: bytes, payload: bytes
+    ) -> Answered:
+        """Carry one notification now and return Apple's answer. What is sent in one turn of the loop shares batches.
+
+        The caller keeps the responsibility: nothing is stored. Raises NotConnected where Apple gave no answer.
+        """
+        future: asyncio.Future[Outcome] = self._loop.create_future()
+        if not self._sends.futures:
+            self._loop.call_soon(self._flush_sends)
+        self._sends.add(app, environment, headers, token, payload, future)
+        outcome = await future
+        if isinstance(outcome, Answered):
+            return outcome
+        raise NotConnected(outcome.why, unknown=not isinstance(outcome, NotProcessed))
+
+    def _flush_sends(self) -> None:
+        sends, self._sends = self._sends, Sends()
+        for app, environment, group in sends.groups():
+            made = make_batches(
+                self._new_id, app, environment, self._clock(), group.headers, group.tokens, group.payloads
+            )
+            start = 0
+            for batch in made:
+                stop = start + len(batch)
+                self._carrier.carry(batch, range(len(batch)), resolve(group.futures[start:stop]))
+                start = stop
+
+    # -- work ----------------------------------------------------------------------------------------------------
+
+    async def work(self) -> None:
+        """Lease and carry until cancelled. One task runs it.
+
+        A store that fails lends nothing, and while outcomes cannot be recorded nothing more is lent either.
+        """
+        while True:
+            await self._recording.wait()
+            full = await self._carrier.ready()
+            try:
+                leases = await self._take(full)
+            except StoreError as error:
+                _log.error("cannot_lease", why=str(error))
+                await asyncio.sleep(_STORE_PAUSE_S)
+                continue
+            if leases:
+                crash.point("leased")
+            for lease in leases:
+                self._begin(lease)
+
+    async def _take(self, full: frozenset[Lane]) -> Sequence[Lease]:
+        """Leases of lanes that are not full; none as soon as other lanes are."""
+        if not full:
+            return await self._queue.take(_LEASES)
+        taking = asyncio.ensure_future(self._queue.take(_LEASES, full))
+        changing = asyncio.ensure_future(self._carrier.ready(full))
+        try:
+            await asyncio.wait((taking, changing), return_when=asyncio.FIRST_COMPLETED)
+            return taking.result() if taking.done() else ()
+        finally:
+            for each in (taking, changing):
+                each.cancel()
+
+    def _begin(self, lease: Lease) -> None:
+        name = lease.batch.app, lease.batch.environment
+        lane = self._lanes.get(name)
+        if lane is None:
+            lane = self._lanes[name] = LaneState()
+        progress = Progress(lease, lane)
+        now = self._clock()
+        indices = progress.due(now)
+        if progress.fresh:
+            lane.crowd.sent(len(indices), now)
+        if any(each.at_most_once for each in progress.batch.headers):
+            once = [index for index in indices if progress.headers(index).at_most_once]
+            if once:
+                indices = [index for index in indices if not progress.headers(index).at_most_once]
+                progress.open += len(once)
+                task = self._loop.create_task(self._carry_once(progress, once))
+                self._cautious.add(task)
+                task.add_done_callback(self._cautious.discard)
+        if indices:
+            self._carry(progress, indices)
+        elif not progress.open:
+            self._note(progress)
+
+    async def _carry_once(self, progress: Progress, indices: Sequence[int]) -> None:
+        """Carry these after it is durable that they are being sent: no crash has them sent a second time."""
+        progress.set_state(indices, State.SENT, self._clock())
+        try:
+            await self._store.record([progress.outcomes()], ())
+        except StoreError as error:
+            _log.error("cannot_record", why=str(error), batches=1)
+            progress.open -= len(indices)
+            progress.set_state(indices, State.QUEUED, self._clock())
+            progress.put_off(self._clock() + _STORE_PAUSE_S)
+            self._note(progress)
+            return
+        progress.open -= len(indices)
+        self._carry(progress, indices)
+
+    def _carry(self, progress: Progress, indices: Sequence[int]) -> None:
+        progress.open += len(indices)
+
+        def report(done: Sequence[int], outcome: Outcome) -> None:
+            progress.open -= len(done)
+            crash.point("answered")
+            self._telemetry.answered(progress.batch.app, outcome, len(done))
+            if outcome is ACCEPTED:
+                progress.set_state(done, State.ACCEPTED, self._clock())
+                progress.forget_trouble(done)
+                progress.lane.count(len(done), 0)
+            else:
+                again = progress.decide(done, outcome, self._clock())
+                if again:
+                    self._carry(progress, again)
+            self._note(progress)
+
+        self._carrier.carry(progress.batch, indices, report)
+
+    # -- settle --------------------------------------------------------------------------------------------------
+
+    def _note(self, progress: Progress) -> None:
+        self._dirty[progress.batch.id] = progress
+        self._news.set()
+
+    async def settle(self) -> None:
+        """Record what is learnt, then end leases that are complete, until cancelled. One task runs it."""
+        while True:
+            await self._news.wait()
+            try:
+                await self._settle_once()
+                self._recording.set()
+            except StoreError as error:
+                self._recording.clear()
+                _log.error("cannot_record", why=str(error), batches=len(self._dirty))
+                await asyncio.sleep(_STORE_PAUSE_S)
+                self._news.set()
+            await asyncio.sleep(_SETTLE_S)
+
+    async def _settle_once(self) -> None:
+        self._news.clear()
+        dirty, self._dirty = self._dirty, {}
+        ended, self._ended = self._ended, []
+        try:
+            # Both at once share a commit. What is ended here was recorded by the round before.
+            await asyncio.gather(self._finish(ended), self._record(dirty))
+        except BaseException:  # cancelled, or the store failed: it stays to be done, and may be done twice
+            self._dirty = {**dirty, **self._dirty}
+            self._ended += ended
+            raise
+
+    async def _finish(self, ends: Sequence[LeaseEnd]) -> None:
+        if ends:
+            await self._queue.finish(ends)
+            crash.point("finished")
+
+    async def _record(self, dirty: dict[str, Progress]) -> None:
+        if not dirty:
+            return
+        ends = [each.end() for each in dirty.values() if not each.open]
+        removals = {removal for each in dirty.values() for removal in each.removals}
+        quarantines = {quarantine for each in dirty.values() for quarantine in each.quarantines}
+        await self._store.record([each.outcomes() for each in dirty.values()], tuple(removals), tuple(quarantines))
+        crash.point("recorded")
+        for each in dirty.values():
+            each.removals -= removals
+            each.quarantines -= quarantines
+        for batch_id in dirty:
+            for changed in self._waiters.get(batch_id, ()):
+                changed.set()
+        if ends:
+            self._ended += ends
+            self._news.set()
+
+    async def drain(self) -> None:
+        """After `work` and `settle` were stopped and the carrier closed: record and finish all that is known."""
+        while self._cautious:
+            await asyncio.wait(set(self._cautious))
+        while self._dirty or self._ended:
+            await self._settle_once()
