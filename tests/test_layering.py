@@ -42,7 +42,7 @@ ROOMS: dict[str, set[str]] = {
     "config": {"model", *COMMON},
     "telemetry": {"model", *COMMON},  # counts outcomes by their reason
     "ports": {"model", *COMMON},
-    "net": {"protocols", *COMMON},
+    "net": {"protocols", "model", *COMMON},  # model: a client certificate goes into a TLS context
     "relay": {"admission", "batches", "policy", "ports", "model", *COMMON},
     # the edges, which do not know one another
     "doors": {*BELOW, *COMMON},
@@ -54,9 +54,9 @@ ROOMS: dict[str, set[str]] = {
     "django": {"client", *COMMON},
 }
 ROOMS["__main__"] = {"cli"}
-ROOMS["service"] = ROOMS["cli"] = {*ROOMS, "service"}
+ROOMS["service"] = ROOMS["cli"] = ROOMS["commands"] = {*ROOMS, "service", "commands"}
 
-PURE = {"reasons", "errors", "model", "payload", "policy", "protocols", "batches", "admission"}
+PURE = {"reasons", "errors", "model", "payload", "policy", "protocols", "batches", "admission", "credentials"}
 
 IMPURE = {
     *("asyncio", "concurrent", "multiprocessing", "queue", "sched", "selectors", "signal", "subprocess", "threading"),
@@ -68,6 +68,7 @@ IMPURE = {
 LIBRARIES = {
     "heliograph.protocols.http2": {"hpack"},  # its tables, and the slow path
     "heliograph.protocols.provider_token": {"cryptography"},
+    "heliograph.protocols.certificate": {"cryptography"},
 }
 """What part of a pure room may import beside the standard library and msgspec."""
 

@@ -1,13 +1,18 @@
 """TLS contexts for HTTP/2, and certificates to throw away.
 
 TLS 1.2 or later and ALPN `h2` (Apple, "Establishing a connection to APNs"; RFC 9113, section 9.2). A client always
-verifies the server.
+verifies the server. A server asks for a client certificate where it is told whose to trust, and takes those who have
+none as well, as Apple does: they may hold a provider token.
 """
 
 from __future__ import annotations
 
 import datetime
+import os
 import ssl
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from ipaddress import ip_address
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -16,6 +21,7 @@ from typing import TYPE_CHECKING
 from msgspec import Struct
 
 from heliograph.errors import ConfigError
+from heliograph.model import ClientCertificate
 
 if TYPE_CHECKING:
     from cryptography import x509
@@ -43,36 +49,58 @@ class Identity(Struct, frozen=True):
         return "<TLS identity>"
 
 
-def server_context(certificate: bytes | Path, key: bytes | Path) -> ssl.SSLContext:
-    """For a listener: the certificate (its chain behind it) and its key, as PEM or files of it. Raises ConfigError."""
-    chain, key_pem = _pem(certificate, "certificate"), _pem(key, "key of the certificate")
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    # OpenSSL reads these from files only. The file has mode 0600, and is gone when this returns.
-    with NamedTemporaryFile(suffix=".pem") as file:
-        file.write(chain + b"\n" + key_pem)
-        file.flush()
-        try:
-            context.load_cert_chain(file.name, password=b"")  # a password, so that nobody is asked for one
-        except ssl.SSLError as error:
-            raise ConfigError(
-                "The server's certificate and key cannot be used: give both as PEM, the key without a passphrase, "
-                f"and see that they belong together (OpenSSL says {error.reason or 'nothing more'})"
-            ) from None
-    return _for_http2(context)
+def server_context(
+    certificate: bytes | Path, key: bytes | Path, *, client_authorities: bytes | None = None
+) -> ssl.SSLContext:
+    """For a listener: the certificate (its chain behind it) and its key, as PEM or files of it.
 
-
-def client_context(ca: bytes | Path | None = None) -> ssl.SSLContext:
-    """For a connection. `ca`: the authorities to trust, as PEM or a file of it; None: those of the system.
+    `client_authorities`: PEM of those whose client certificates are taken, or of these certificates themselves; None:
+    no client is asked for one. What a client showed is in `ssl.SSLObject.getpeercert`.
 
     Raises ConfigError.
     """
-    if ca is None:
-        return _for_http2(ssl.create_default_context())
+    chain, key_pem = _pem(certificate, "certificate"), _pem(key, "key of the certificate")
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     try:
-        # An empty text would be no text to Python, which then trusts the system's.
-        context = ssl.create_default_context(cadata=_pem(ca, "authority").decode("ascii") or "nothing")
+        _load_pair(context, chain, key_pem)
+    except ssl.SSLError as error:
+        raise ConfigError(
+            "The server's certificate and key cannot be used: give both as PEM, the key without a passphrase, "
+            f"and see that they belong together (OpenSSL says {error.reason or 'nothing more'})"
+        ) from None
+    if client_authorities is not None:
+        try:
+            context.load_verify_locations(cadata=_authorities(client_authorities))
+        except (ssl.SSLError, ValueError):
+            raise ConfigError(
+                "The authorities of clients are not PEM: give text that begins with BEGIN CERTIFICATE"
+            ) from None
+        context.verify_mode = ssl.CERT_OPTIONAL
+        # A single certificate may be named without who issued it, and as its issuer made it.
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    return _for_http2(context)
+
+
+def client_context(ca: bytes | Path | None = None, certificate: ClientCertificate | None = None) -> ssl.SSLContext:
+    """For a connection. `ca`: the authorities to trust, as PEM or a file of it; None: those of the system.
+
+    `certificate`: what to show a server that asks; None: nothing.
+
+    Raises ConfigError.
+    """
+    try:
+        context = ssl.create_default_context(cadata=None if ca is None else _authorities(_pem(ca, "authority")))
     except (ssl.SSLError, ValueError):
         raise ConfigError("The authority to trust is not PEM: give a file that begins with BEGIN CERTIFICATE") from None
+    if certificate is not None:
+        try:
+            _load_pair(context, certificate.certificate_pem, certificate.key_pem)
+        except ssl.SSLError as error:
+            raise ConfigError(
+                f"The client certificate {certificate.name!r} cannot be shown in TLS: create one anew in the developer "
+                f"account (OpenSSL says {error.reason or 'nothing more'})"
+            ) from None
     return _for_http2(context)
 
 
@@ -166,6 +194,33 @@ def _signed(
     for extension, critical in extensions:
         builder = builder.add_extension(extension, critical=critical)
     return builder.sign(ca_key, SHA256())
+
+
+def _load_pair(context: ssl.SSLContext, chain: bytes, key: bytes) -> None:
+    """Have the context show this chain. Raises ssl.SSLError."""
+    with _file_of(chain + b"\n" + key) as name:
+        context.load_cert_chain(name, password=b"")  # a password, so that nobody is asked for one
+
+
+@contextmanager
+def _file_of(content: bytes) -> Iterator[str]:
+    """The name of a file with a secret, which is gone afterwards: OpenSSL reads a key from files only."""
+    if sys.platform == "linux" and Path("/proc/self/fd").exists():
+        with os.fdopen(os.memfd_create("heliograph"), "wb") as file:  # never on a disk
+            file.write(content)
+            file.flush()
+            yield f"/proc/self/fd/{file.fileno()}"
+    else:
+        with NamedTemporaryFile(suffix=".pem") as file:  # mode 0600
+            file.write(content)
+            file.flush()
+            yield file.name
+
+
+def _authorities(pem: bytes) -> str:
+    """As `ssl` wants it. Raises ValueError."""
+    # An empty text would be no text to Python, which then trusts the system's.
+    return pem.decode("ascii") or "nothing"
 
 
 def _for_http2(context: ssl.SSLContext) -> ssl.SSLContext:
