@@ -56,7 +56,7 @@ ROOMS: dict[str, set[str]] = {
 ROOMS["__main__"] = {"cli"}
 ROOMS["service"] = ROOMS["cli"] = ROOMS["commands"] = {*ROOMS, "service", "commands"}
 
-PURE = {"reasons", "errors", "model", "payload", "policy", "protocols", "batches", "admission", "credentials"}
+PURE = {"reasons", "errors", "model", "payload", "policy", "protocols", "batches", "admission"}
 
 IMPURE = {
     *("asyncio", "concurrent", "multiprocessing", "queue", "sched", "selectors", "signal", "subprocess", "threading"),

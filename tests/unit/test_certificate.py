@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 from base64 import b64encode, encodebytes
@@ -440,6 +441,7 @@ PROFILE = tlv(0x30, tlv(0x06, bytes.fromhex("2a864886f70d010702")), tlv(0xA0, tl
         (EC.p12().replace(bytes.fromhex("2a864886f70d010701"), bytes.fromhex("2a864886f70d010702")), "is signed"),
         (KEYCHAIN.replace(bytes.fromhex("2a864886f70d010706"), bytes.fromhex("2a864886f70d010703")), "for a key"),
     ],
+    ids=map(str, itertools.count()),
 )
 def test_file_without_a_usable_pair_is_refused_with_what_it_is_and_what_to_do(content: bytes, complaint: str) -> None:
     assert complaint in refusal(content, passphrase=b"keychain")
