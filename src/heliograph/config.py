@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta, Struct
@@ -31,9 +32,13 @@ NOT_SETTINGS = frozenset({"HELIOGRAPH_CONFIG", "HELIOGRAPH_URL", "HELIOGRAPH_KEY
 
 _MAX_SECRET_BYTES = 64 * 1024
 _OTHERS_MAY = 0o007
-_is_app_name = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}").fullmatch
+is_app_name = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}").fullmatch
+"""Whether an app may be called so."""
 
 Port = Annotated[int, Meta(ge=0, le=65535)]
+
+APPLE_PORTS = (443, 2197)
+"""Apple listens on both (Apple, "Sending notification requests to APNs")."""
 
 S = TypeVar("S", bound=Struct)
 
@@ -59,45 +64,183 @@ class ApiSettings(Struct, frozen=True):
     """The API key, as `file:PATH` or `credential:NAME`; None: `api-key` in the data folder, made on the first start."""
 
 
-class AppSettings(Struct, frozen=True, kw_only=True):
-    """`[apps.NAME]`: an app, and what Apple knows us by."""
+class StoreSettings(Struct, frozen=True):
+    """`[store]`: how much is kept, and for how long."""
 
-    key: str
+    receipts_days: Annotated[int, Meta(ge=1, le=3650)] = 7
+    """How long receipts are kept after the end of what they tell of."""
+    max_waiting: Annotated[int, Meta(ge=1)] = 5_000_000
+    """Unfinished notifications at most; more are refused until some have left."""
+    master_key: str | None = None
+    """What seals stored apps, as `file:PATH` or `credential:NAME`; None: `master-key` in the data folder, made on the
+    first start."""
+
+
+class CredentialSettings(Struct, frozen=True, kw_only=True):
+    """`[[apps.NAME.credentials]]`: a signing key, or a certificate. Secrets are references after `load`."""
+
+    key: str | None = None
     """The .p8 file that Apple issued: a path (`file:PATH` after `load`), or `credential:NAME`."""
-    team_id: str
-    topic: str | None = None
-    topics: tuple[str, ...] = ()
-    """Bundle ids; `topic` where there is one only."""
     key_id: str | None = None
     """None: as in the name of the file, AuthKey_<key id>.p8."""
-    environment: Environments = Environments.PRODUCTION
+    team_id: str | None = None
+    certificate: str | None = None
+    """A .p12 or .pem file, as `key`."""
+    certificate_key: str | None = None
+    """The certificate's private key, where it is in a file of its own; as `key`."""
+    passphrase: str | None = None
+    """Of the .p12 or the private key: `file:PATH` or `credential:NAME`."""
+    environment: Environments | None = None
+    """None: production for a key, what the certificate says for a certificate."""
+
+
+class AppSettings(CredentialSettings, frozen=True, kw_only=True):
+    """`[apps.NAME]`: an app, and what Apple knows us by."""
+
+    topic: str | None = None
+    topics: tuple[str, ...] = ()
+    """Bundle ids; `topic` where there is one only. A certificate says them itself."""
+    credentials: tuple[CredentialSettings, ...] = ()
+    """Where one key or certificate is not enough; the first that fits is used."""
     host: str | None = None
     """Send there and not to Apple; None: Apple."""
     port: Port = 443
+    """Apple listens on 443 and 2197."""
     ca: str | None = None
     """A PEM file with the certificates to trust on `host`; None: those of the system."""
+    proxy: str | None = None
+    """An HTTP proxy to go through: http://HOST:PORT, or a reference to a file with the URL."""
 
     def __post_init__(self) -> None:
         """Raises ValueError."""
-        if (self.topic is None) == (not self.topics):
+        for number, each in enumerate(self.each_credentials(), 1):
+            try:
+                _check_credentials(each)
+            except ValueError as error:
+                raise ValueError(f"(credentials, table {number}) {error}" if self.credentials else str(error)) from None
+        if self.topic is not None and self.topics:
+            raise ValueError("has both topic and topics: keep one of them")
+        if not self.bundle_ids and not any(each.certificate for each in self.each_credentials()):
             raise ValueError("needs either topic, the app's bundle id, or topics, a list of them")
-        if self.host is None and (self.ca is not None or self.port != 443):
-            raise ValueError("has a port or a ca, but no host that they could be for: add host")
+        check_target(self.host, self.port, ca=self.ca is not None)
+        if self.proxy is not None and not is_reference(self.proxy):
+            check_proxy(self.proxy)
+
+    @property
+    def bundle_ids(self) -> tuple[str, ...]:
+        return self.topics if self.topic is None else (self.topic,)
+
+    def each_credentials(self) -> tuple[CredentialSettings, ...]:
+        """One at least. What the app says of team and environment holds where a table does not say it."""
+        own = CredentialSettings(
+            **{name: getattr(self, name) for name in CredentialSettings.__struct_fields__}  # msgspec knows no upcast
+        )
+        if not self.credentials:
+            return (own,)
+        stray = next((name for name in ("key", "key_id", *_OF_CERTIFICATE) if getattr(own, name) is not None), None)
+        if stray is not None:
+            raise ValueError(f"has {stray} beside [[credentials]] tables: move it into a table of its own")
+        return tuple(
+            replace(
+                each,
+                team_id=each.team_id or (own.team_id if each.key else None),
+                environment=each.environment or own.environment,
+            )
+            for each in self.credentials
+        )
 
 
 class Config(Struct, frozen=True):
     """Everything that can be set. Paths are absolute after `load`."""
 
     data: str = "heliograph-data"
-    """The folder of the database and of the API key."""
+    """The folder of the database, the API key and the master key."""
     api: ApiSettings = ApiSettings()
+    store: StoreSettings = StoreSettings()
     apps: dict[str, AppSettings] = {}
 
 
-_HINTS = {
-    "key": "write the path of the .p8 file that Apple issued",
-    "team_id": "write the 10 characters that the developer account shows as Team ID",
-}
+class CredentialContent(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """As `CredentialSettings`, with what the files hold."""
+
+    key: bytes | None = None
+    key_id: str | None = None
+    team_id: str | None = None
+    certificate: bytes | None = None
+    certificate_key: bytes | None = None
+    passphrase: bytes | None = None
+    environment: Environments | None = None
+    file: str | None = None
+    """Where it is from, for people."""
+
+    def __repr__(self) -> str:
+        return "<credentials>"
+
+
+class AppContent(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """As `AppSettings`, with what the files hold: all that an app is made of."""
+
+    topics: tuple[str, ...] = ()
+    credentials: tuple[CredentialContent, ...]
+    host: str | None = None
+    port: Port = 443
+    ca: bytes | None = None
+    proxy: str | None = None
+
+    def __repr__(self) -> str:
+        return f"<app with {len(self.credentials)} credentials>"
+
+
+_OF_CERTIFICATE = ("certificate", "certificate_key", "passphrase")
+
+
+def _check_credentials(given: CredentialSettings) -> None:
+    """Raises ValueError."""
+    if given.key is not None and given.certificate is not None:
+        raise ValueError("has both a key and a certificate: keep one, or give each a [[credentials]] table")
+    if given.key is None and given.certificate is None:
+        raise ValueError("has no credentials: add key, the .p8 file that Apple issued, or certificate, a .p12 or .pem")
+    if given.key is not None:
+        stray = next((name for name in _OF_CERTIFICATE if getattr(given, name) is not None), None)
+        if stray is not None:
+            raise ValueError(f"has {stray}, which goes with a certificate and not with a key: remove it")
+        if given.team_id is None:
+            raise ValueError(
+                "has a key but no team_id: write the 10 characters that the developer account shows as Team ID"
+            )
+    elif given.key_id is not None or given.team_id is not None:
+        raise ValueError("has a key_id or a team_id, which go with a key and not with a certificate: remove them")
+
+
+def check_target(host: str | None, port: int, *, ca: bool) -> None:
+    """Whether an app can be sent there. Raises ValueError."""
+    if host is None and port not in APPLE_PORTS:
+        raise ValueError(f"has port {port}, but Apple listens on 443 and 2197: take one of these, or add host")
+    if host is None and ca:
+        raise ValueError("has a ca, but no host that it could be for: add host")
+
+
+def check_proxy(url: str, *, secret: bool = False) -> None:
+    """Whether it is the URL of a proxy. Raises ValueError, which never repeats it.
+
+    `secret`: it is kept as one, so there may be a password in it.
+    """
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        parts, port = urlsplit(""), None
+    if parts.scheme != "http" or not parts.hostname or port is None or parts.path.strip("/") or parts.query:
+        raise ValueError("has a proxy that is not like http://proxy.example.com:3128: correct it")
+    if parts.password is not None and not secret:
+        raise ValueError(
+            "has a proxy with a password in it: put the URL into a file, and write file:PATH or credential:NAME"
+        )
+
+
+def is_reference(text: str) -> bool:
+    """Whether it says where something is, not what it is."""
+    return text.startswith(("file:", "credential:"))
 
 
 def load(file: Path | None = None, environ: Mapping[str, str] = os.environ) -> Config:
@@ -112,18 +255,12 @@ def load(file: Path | None = None, environ: Mapping[str, str] = os.environ) -> C
             reader.put(tree, name, environ[name])
     config = reader.struct(Config, tree, ())
     folder = Path.cwd() if file is None else file.absolute().parent
-    api = config.api
-    if api.key is not None:
-        api = replace(api, key=_reference(folder, api.key, "api.key", bare_path=False))
-    apps = {
-        name: replace(
-            app,
-            key=_reference(folder, app.key, f"apps.{name}.key", bare_path=True),
-            ca=None if app.ca is None else _absolute(folder, app.ca),
-        )
-        for name, app in config.apps.items()
-    }
-    return Config(data=_absolute(folder, config.data), api=api, apps=apps)
+    return Config(
+        data=_absolute(folder, config.data),
+        api=_settle(folder, "api", config.api, {"key": False}),
+        store=_settle(folder, "store", config.store, {"master_key": False}),
+        apps={name: _settle_app(folder, f"apps.{name}", app) for name, app in config.apps.items()},
+    )
 
 
 def read_secret(reference: str, setting: str) -> bytes:
@@ -196,9 +333,6 @@ class _Reader:
                     f"{self._where((*path, name))} is not a setting: {self._suggestion(hints, path, name)}"
                 )
         values = {name: self._value(hints[name], value, (*path, name)) for name, value in tree.items()}
-        for field in msgspec.structs.fields(type_):
-            if field.required and field.name not in values:
-                raise ConfigError(f"{self._where((*path, field.name))} is missing: {_HINTS[field.name]}")
         try:
             return type_(**values)
         except ValueError as error:
@@ -212,18 +346,23 @@ class _Reader:
                 raise ConfigError(f"{self._where(path)} must hold tables, [{'.'.join(path)}.NAME]")
             (_, inner) = get_args(type_)
             return {name: self.struct(inner, each, (*path, self._app_name(name, path))) for name, each in value.items()}
+        if get_origin(type_) is tuple and issubclass(get_args(type_)[0], Struct):
+            if not isinstance(value, list):
+                raise ConfigError(f"{self._where(path)} must be tables in the file, [[{'.'.join(path)}]]")
+            return tuple(self.struct(get_args(type_)[0], each, path) for each in value)
         from_variable = path in self._variables
         if from_variable and get_origin(type_) is tuple:
             value = [part.strip() for part in value.split(",")]
         try:
             return msgspec.convert(value, type_, strict=not from_variable)
         except msgspec.ValidationError as error:
-            is_choice = isinstance(type_, type) and issubclass(type_, StrEnum)
-            wanted = f"write one of {', '.join(type_)}" if is_choice else _plain(str(error))
+            kinds = get_args(type_) or (type_,)
+            choices = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, StrEnum)), ())
+            wanted = f"write one of {', '.join(choices)}" if choices else _plain(str(error))
             raise ConfigError(f"{self._where(path)} does not fit: {wanted}") from None
 
     def _app_name(self, name: str, path: tuple[str, ...]) -> str:
-        if not _is_app_name(name):
+        if not is_app_name(name):
             raise ConfigError(
                 f"{self._where((*path, name))} is no name for an app: use letters, digits, dots, hyphens and "
                 "underscores, 64 at most"
@@ -276,7 +415,37 @@ def _read_toml(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file} is not TOML: {error}") from None
 
 
+def _settle(folder: Path, where: str, settings: S, references: Mapping[str, bool]) -> S:
+    """With references in place of what was written in these fields, where a bare path will do or not."""
+    found = {name: getattr(settings, name) for name in references}
+    return replace(
+        settings,
+        **{
+            name: _reference(folder, text, f"{where}.{name}", bare_path=references[name])
+            for name, text in found.items()
+            if text is not None
+        },
+    )
+
+
+def _settle_app(folder: Path, where: str, app: AppSettings) -> AppSettings:
+    if app.ca is not None:
+        app = replace(app, ca=_absolute(folder, app.ca))
+    if app.proxy is not None and is_reference(app.proxy):
+        app = _settle(folder, where, app, {"proxy": False})
+    tables = [
+        _settle(folder, f"{where}.credentials[{number}]", each, _CREDENTIAL_FILES)
+        for number, each in enumerate(app.credentials, 1)
+    ]
+    return replace(_settle(folder, where, app, _CREDENTIAL_FILES), credentials=tuple(tables))
+
+
+_CREDENTIAL_FILES = {"key": True, "certificate": True, "certificate_key": True, "passphrase": False}
+
+
 def _absolute(folder: Path, path: str) -> str:
+    if "\0" in path:
+        raise ConfigError("A path in the configuration has a NUL in it: correct it")
     return str(folder / Path(path).expanduser())
 
 

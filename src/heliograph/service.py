@@ -16,7 +16,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,14 +25,14 @@ import uvicorn
 from msgspec import Struct
 from starlette.types import ASGIApp
 
-from heliograph.carriers.apns import ApnsCarrier, Endpoint, Route
-from heliograph.config import ApiSettings, AppSettings, Config, read_secret, secret_path
+from heliograph import crash
+from heliograph.apps import Directory, Instead
+from heliograph.carriers.apns import ApnsCarrier
+from heliograph.config import ApiSettings, Config, read_secret
 from heliograph.doors.api import Api
+from heliograph.doors.apps import AppsDoor
 from heliograph.doors.web import make_app
-from heliograph.errors import ConfigError
-from heliograph.model import Access, App, Environment, SigningKey
-from heliograph.net.tls import client_context
-from heliograph.protocols.provider_token import key_id_from_filename, parse_signing_key
+from heliograph.errors import ConfigError, StoreError
 from heliograph.relay import Relay
 from heliograph.stores.sqlite import SqliteStore
 from heliograph.telemetry import Telemetry
@@ -43,12 +43,15 @@ KEY_FILE = "api-key"
 KEY_PREFIX = "hg_"
 """How our API keys begin, so that people and scanners of leaked secrets know them."""
 
-_APPLE = {
-    Environment.PRODUCTION: "api.push.apple.com",
-    Environment.DEVELOPMENT: "api.sandbox.push.apple.com",
-}
 _ANSWERING_S = 10
 """How long requests in hand may take when the server stops."""
+
+_LOOK_S = 5.0
+"""Between two looks at the credential files."""
+_HOUR_S = 3600.0
+_FIRST_PURGE_S = 60.0
+"""After a start there is more urgent work."""
+_DAY_S = 86400
 
 _log = structlog.get_logger("heliograph.service")
 
@@ -61,6 +64,7 @@ class Running(Struct, frozen=True):
     key: str
     """The API key."""
     relay: Relay
+    apps: Directory
     stop: asyncio.Event
     """Set: `run` comes to an end."""
 
@@ -117,16 +121,23 @@ def configure_logging(*, json: bool = False, quiet: bool = False) -> None:
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
 
 
-async def run(config: Config, *, started: Callable[[Running], Awaitable[None]] | None = None) -> None:
+async def run(
+    config: Config,
+    *,
+    started: Callable[[Running], Awaitable[None]] | None = None,
+    reread: Callable[[], Config] | None = None,
+    instead: Instead | None = None,
+) -> None:
     """Serve until SIGTERM or SIGINT, or until `Running.stop` is set. `started` is awaited beside, once all runs.
 
-    Raises ConfigError, StoreError, and an ExceptionGroup where something failed later on.
+    `reread` gives the configuration again; where it is given, SIGHUP has the apps read anew. `instead`: where to send
+    instead of to Apple. Raises ConfigError, StoreError, and an ExceptionGroup where something failed later on.
     """
     # A loop that is never idle keeps the interpreter's lock for a whole switch interval whenever the store's thread
     # asks for it, which it does with each call of SQLite. With CPython's 5 ms, single commits could take seconds.
     sys.setswitchinterval(_SWITCH_S)
     loop = asyncio.get_running_loop()
-    stop = asyncio.Event()
+    stop, hangup = asyncio.Event(), asyncio.Event()
     signals = (signal.SIGTERM, signal.SIGINT)
 
     def on_signal() -> None:
@@ -137,13 +148,22 @@ async def run(config: Config, *, started: Callable[[Running], Awaitable[None]] |
 
     for each in signals:
         loop.add_signal_handler(each, on_signal)
+    if reread is not None:
+        loop.add_signal_handler(signal.SIGHUP, hangup.set)
     try:
-        async with serving(config, stop) as running, asyncio.TaskGroup() as group:
-            beside = group.create_task(_beside(started, running))
+        async with (
+            serving(config, stop, reread=reread, instead=instead) as running,
+            asyncio.TaskGroup() as group,
+        ):
+            beside = [
+                group.create_task(_beside(started, running)),
+                group.create_task(_reload_on(hangup, running.apps)),
+            ]
             await stop.wait()
-            beside.cancel()
+            for task in beside:
+                task.cancel()
     finally:
-        for each in signals:
+        for each in (*signals, signal.SIGHUP):
             loop.remove_signal_handler(each)
 
 
@@ -152,42 +172,72 @@ async def _beside(started: Callable[[Running], Awaitable[None]] | None, running:
         await started(running)
 
 
+async def _reload_on(hangup: asyncio.Event, apps: Directory) -> None:
+    while True:
+        await hangup.wait()
+        hangup.clear()
+        await apps.reload()
+        _log.info("reloaded", apps=sorted(apps.apps))
+
+
 @contextlib.asynccontextmanager
-async def serving(config: Config, stop: asyncio.Event | None = None) -> AsyncIterator[Running]:
-    """A server for as long as the block runs. Raises ConfigError, StoreError."""
+async def serving(
+    config: Config,
+    stop: asyncio.Event | None = None,
+    *,
+    reread: Callable[[], Config] | None = None,
+    instead: Instead | None = None,
+    look_s: float = _LOOK_S,
+) -> AsyncIterator[Running]:
+    """A server for as long as the block runs; see `run`. `look_s` is between two looks at the credential files.
+
+    Raises ConfigError, StoreError.
+    """
     data = Path(config.data)
-    apps = load_apps(config.apps)
-    endpoints = _endpoints(config.apps)
+    directory = Directory(config, clock=time.time, reread=reread, instead=instead)
+    await directory.start()
+    apps = directory.apps
     telemetry = Telemetry()
+    telemetry.show_days_left(directory.days_left)
     with contextlib.closing(_listen(config.api)) as listening:
         key = load_api_key(config)
-        store = await SqliteStore.open(data / "heliograph.db", lease_s=LEASE_S)
+        store = await SqliteStore.open(data / "heliograph.db", lease_s=LEASE_S, max_waiting=config.store.max_waiting)
         try:
-            carrier = ApnsCarrier(_find_route(apps, endpoints), clock=time.time)
+            await directory.open(store)
+            carrier = ApnsCarrier(directory.find_route, clock=time.time)
             relay = Relay(store, store, carrier, apps, telemetry, clock=time.time)
-            door = Api(relay, apps, key)
+            door = Api(relay, apps, key, AppsDoor(directory).find)
             server = _Server(make_app(door, telemetry.registry))
             async with asyncio.TaskGroup() as group:
                 working = group.create_task(relay.work())
                 settling = group.create_task(relay.settle())
+                now_and_then = [
+                    group.create_task(_every(look_s, directory.look)),
+                    group.create_task(_every(_HOUR_S, directory.warn)),
+                    group.create_task(_purge(store, config.store.receipts_days)),
+                ]
                 web = group.create_task(server.serve([listening]))
                 await server.ready.wait()
                 url = _url(listening)
                 _log.info("started", url=url, data=str(data), apps=sorted(apps))
                 if not apps:
                     _log.warning(
-                        "no apps", hint="every notification is refused: add an [apps.NAME] to the configuration"
+                        "no apps",
+                        hint="every notification is refused: add an [apps.NAME] to the configuration, or an app by the "
+                        "API",
                     )
                 try:
-                    yield Running(url, key.decode(), relay, stop or asyncio.Event())
+                    yield Running(url, key.decode(), relay, directory, stop or asyncio.Event())
                 finally:
                     _log.info("stopping")
                     door.hurry()
                     server.should_exit = True
                     await asyncio.wait([web])
-                    working.cancel()
-                    await asyncio.wait([working])
+                    for task in (working, *now_and_then):
+                        task.cancel()
+                    await asyncio.wait([working, *now_and_then])
                     await carrier.aclose()
+                    crash.point("stopping")
                     settling.cancel()
                     await asyncio.wait([settling])
                     await relay.drain()
@@ -196,9 +246,27 @@ async def serving(config: Config, stop: asyncio.Event | None = None) -> AsyncIte
             _log.info("stopped")
 
 
-def load_apps(settings: Mapping[str, AppSettings]) -> dict[str, App]:
-    """The apps with their signing keys. Raises ConfigError."""
-    return {name: _load_app(name, each) for name, each in settings.items()}
+async def _every(seconds: float, do: Callable[[], Awaitable[None] | None]) -> None:
+    while True:
+        await asyncio.sleep(seconds)
+        done = do()
+        if done is not None:
+            await done
+
+
+async def _purge(store: SqliteStore, days: int) -> None:
+    """Forget what is older, again and again."""
+    pause_s = _FIRST_PURGE_S
+    while True:
+        await asyncio.sleep(pause_s)
+        pause_s = _HOUR_S
+        try:
+            count = await store.purge(time.time() - days * _DAY_S)
+        except StoreError as error:
+            _log.error("cannot_purge", why=str(error))
+        else:
+            if count:
+                _log.info("purged", batches=count)
 
 
 def load_api_key(config: Config) -> bytes:
@@ -265,54 +333,6 @@ def _listen(settings: ApiSettings) -> socket.socket:
 def _url(listening: socket.socket) -> str:
     host, port = listening.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def _endpoints(settings: Mapping[str, AppSettings]) -> dict[tuple[str, Environment], Endpoint]:
-    """Where each app's notifications go, by environment."""
-    endpoints = {}
-    to_apple = None
-    for name, app in settings.items():
-        if app.host is None or app.ca is None:
-            tls = to_apple = to_apple or client_context()
-        else:
-            try:
-                tls = client_context(Path(app.ca))
-            except ConfigError as error:
-                raise ConfigError(f"apps.{name}.ca: {error}") from None
-        for environment in app.environment.each():
-            endpoints[name, environment] = Endpoint(
-                app.host or _APPLE[environment], app.port, tls, unique_ids=environment is Environment.DEVELOPMENT
-            )
-    return endpoints
-
-
-def _find_route(
-    apps: Mapping[str, App], endpoints: Mapping[tuple[str, Environment], Endpoint]
-) -> Callable[[str, Environment, str], Route | None]:
-    def find(name: str, environment: Environment, topic: str) -> Route | None:
-        app, endpoint = apps.get(name), endpoints.get((name, environment))
-        key = None if app is None else app.credentials_for(environment, topic)
-        return Route(endpoint, key) if endpoint is not None and isinstance(key, SigningKey) else None
-
-    return find
-
-
-def _load_app(name: str, settings: AppSettings) -> App:
-    where = f"apps.{name}.key"
-    pem = read_secret(settings.key, where)
-    path = secret_path(settings.key, where)
-    key_id = settings.key_id or key_id_from_filename(path.name)
-    if key_id is None:
-        raise ConfigError(
-            f"apps.{name}.key_id is missing, and the file's name {path.name} does not say it as AuthKey_<key id>.p8 "
-            "would: add key_id"
-        )
-    try:
-        key = parse_signing_key(pem, key_id=key_id, team_id=settings.team_id)
-    except ConfigError as error:
-        raise ConfigError(f"apps.{name} ({path}): {error}") from None
-    topics = settings.topics if settings.topic is None else (settings.topic,)
-    return App(name, topics, (Access(key, settings.environment.each()),))
 
 
 def _checked_key(content: bytes, setting: str) -> bytes:

@@ -69,14 +69,19 @@ class House:
 
 @asynccontextmanager
 async def open_house(
-    folder: Path, apple: Simulator, *, settings: PoolSettings | None = None, working: bool = True
+    folder: Path,
+    apple: Simulator,
+    *,
+    settings: PoolSettings | None = None,
+    working: bool = True,
+    clock: Callable[[], float] = time.time,
 ) -> AsyncIterator[House]:
-    """`working`: lease and send; otherwise what is enqueued stays where it is."""
+    """`working`: lease and send; otherwise what is enqueued stays where it is. `clock`: for provider tokens."""
     apple.add_app(TOPIC)
     app = App(APP, (TOPIC,), (Access(apple.signing_key, (Environment.PRODUCTION,)),))
     route = Route(Endpoint("localhost", apple.port, client_context(apple.ca_pem)), apple.signing_key)
     store = await SqliteStore.open(folder / "heliograph.db")
-    carrier = ApnsCarrier(lambda *_: route, settings=settings, clock=time.time)
+    carrier = ApnsCarrier(lambda *_: route, settings=settings, clock=clock)
     relay = Relay(store, store, carrier, {APP: app}, Telemetry(), clock=time.time)
     tasks = [asyncio.create_task(relay.work()), asyncio.create_task(relay.settle())] if working else []
     try:

@@ -21,20 +21,21 @@ from hypothesis import strategies as st
 
 from heliograph import service
 from heliograph.config import ApiSettings, AppSettings, Config, Environments
-from heliograph.doors import api
+from heliograph.doors import api, exchange
 from heliograph.doors.api import Api
 from heliograph.doors.web import make_app
 from heliograph.errors import ConfigError, Refused
-from heliograph.model import Environment, Receipt, State
+from heliograph.model import Detail, Environment, Headers, LeaseEnd, Outcomes, Receipt, State
 from heliograph.relay import Relay
 from heliograph.service import Running, serving
 from heliograph.simulator.server import Simulator
 from heliograph.stores.sqlite import SqliteStore
 from heliograph.telemetry import Telemetry
-from tests.service.house import PATIENCE_S, open_house, token
+from tests.service.house import PATIENCE_S, House, open_house, token
 
 TOPIC = "com.example.app"
 PATH = "/v1/notifications"
+KEY = "hg_key_of_a_bare_door"
 
 
 Reply = tuple[int, Any, aiohttp.ClientResponse]
@@ -208,6 +209,133 @@ async def test_every_friendly_field_and_header_reaches_apple(caller: Caller, app
     }
 
 
+def read(content: Any) -> api._Columns:
+    """A body as columns."""
+    body = content if isinstance(content, bytes) else json.dumps(content).encode()
+    return api._columns(api._parse(body, api._Post))
+
+
+def test_texts_may_be_looked_up_and_sounds_be_critical() -> None:
+    columns = read(
+        {
+            "token": token(1),
+            "title": {"loc_key": "SENT", "loc_args": ["Ada"]},
+            "body": "x",
+            "launch_image": "l.png",
+            "action": "View",
+            "sound": {"name": "alarm.caf", "volume": 0.5},
+            "target_content_id": "w",
+            "filter_criteria": "f",
+            "url_args": ["a"],
+        }
+    )
+    assert json.loads(columns.payloads[0])["aps"] == {
+        "alert": {
+            "title-loc-key": "SENT",
+            "title-loc-args": ["Ada"],
+            "body": "x",
+            "launch-image": "l.png",
+            "action": "View",
+        },
+        "sound": {"critical": 1, "name": "alarm.caf", "volume": 0.5},
+        "target-content-id": "w",
+        "filter-criteria": "f",
+        "url-args": ["a"],
+    }
+
+
+def test_what_a_live_activity_shows_keeps_its_numbers() -> None:
+    columns = read(
+        b'{"token": "ab", "push_type": "liveactivity", "live_activity": {"event": "start", "timestamp": 1700000000,'
+        b' "content_state": {"price": 1.10}, "attributes_type": "Match", "attributes": {"n": [1e2]},'
+        b' "input_push_token": true}, "title": {"loc_key": "K"}, "relevance_score": 50}'
+    )
+    assert columns.payloads[0] == (
+        b'{"aps":{"alert":{"title":{"loc-key":"K"}},"relevance-score":50.0,"timestamp":1700000000,"event":"start",'
+        b'"content-state":{"price":1.10},"attributes-type":"Match","attributes":{"n":[1e2]},"input-push-token":1}}'
+    )
+
+
+def test_widgets_are_told_that_their_content_changed() -> None:
+    columns = read({"token": token(1), "push_type": "widgets", "content_changed": True})
+    assert columns.payloads == (b'{"aps":{"content-changed":true}}',)
+
+
+@pytest.mark.parametrize(
+    "own,common,expected",
+    [
+        ({}, {}, Headers("")),
+        ({"at_most_once": True}, {}, Headers("", at_most_once=True)),
+        ({}, {"at_most_once": True}, Headers("", at_most_once=True)),
+        ({"at_most_once": False}, {"at_most_once": True}, Headers("")),
+        ({"collapse": False}, {}, Headers("", collapse_on_id=False)),
+        ({}, {"collapse": False}, Headers("", collapse_on_id=False)),
+        ({"collapse": True}, {"collapse": False}, Headers("", collapse_on_id=True)),
+        ({"collapse_id": "x"}, {"collapse": True}, Headers("", collapse_id="x")),
+    ],
+)
+def test_at_most_once_and_collapse_are_said_for_all_or_for_one(own: Any, common: Any, expected: Headers) -> None:
+    columns = read({"title": "x", "notifications": [{"token": token(1), **own}, {"token": token(2)}], **common})
+    assert columns.headers[0] == expected
+    if not common:
+        assert read({"token": token(1), "title": "x", **own}).headers == (expected,)
+
+
+async def test_without_collapse_an_alert_gets_no_collapse_id(
+    running: Running, caller: Caller, apple: Simulator
+) -> None:
+    members = [{"token": token(1), "collapse": False}, {"token": token(2)}]
+    taken = await caller.send({"title": "x", "notifications": members})
+    for notification_id in taken["ids"]:
+        await outcome(running, notification_id)
+    collapse_ids = {each.token: each.collapse_id for each in apple.received}
+    assert collapse_ids == {token(1): None, token(2): taken["ids"][1]}
+
+
+async def test_what_is_sent_at_most_once_is_accepted_as_ever(caller: Caller) -> None:
+    status, receipt, _ = await caller.post({"token": token(1), "title": "x", "at_most_once": True, "wait": 20})
+    assert (status, receipt["state"]) == (200, "accepted")
+
+
+def test_a_receipt_tells_what_is_being_sent_once_only() -> None:
+    body = api._receipt_body(Receipt("x", "shop", State.SENT, 1.0))
+    assert body.state == "sent"
+    assert "once only" in body.meaning
+
+
+LONG = {"alert": {"title": "Tea", "body": "x" * 5000}}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"token": token(1), "payload": {"aps": LONG}, "shorten": True},
+        {"token": token(1), **LONG["alert"], "shorten": True},
+        {"tokens": [token(1)], **LONG["alert"], "shorten": True},
+        {"notifications": [{"token": token(1), "payload": {"aps": LONG}}], "shorten": True},
+        {"notifications": [{"token": token(1), **LONG["alert"]}], "shorten": True},
+        {"notifications": [{"token": token(1)}], "payload": {"aps": LONG}, "shorten": True},
+        {"notifications": [{"token": token(1)}], **LONG["alert"], "shorten": True},
+        {"notifications": [{"token": token(1), "payload": {"aps": LONG}, "shorten": True}]},
+        {"notifications": [{"token": token(1), **LONG["alert"], "shorten": True}]},
+        {"notifications": [{"token": token(1), "shorten": True}], **LONG["alert"]},
+    ],
+)
+def test_alert_text_that_is_too_long_is_cut_where_the_caller_wants_it(content: Any) -> None:
+    (short,) = read(content).payloads
+    assert len(short) == 4096
+    assert json.loads(short)["aps"]["alert"]["body"].strip("x") == "…"
+
+
+def test_what_shortening_cannot_help_is_refused() -> None:
+    with pytest.raises(Refused, match="even without any alert text"):
+        read({"token": token(1), "payload": {"aps": LONG, "own": "x" * 5000}, "shorten": True})
+    members = [{"token": token(1), "title": "x"}, {"token": token(2), "title": "x", "data": {"own": "x" * 5000}}]
+    with pytest.raises(exchange.Problem) as caught:
+        read({"notifications": members, "shorten": True})
+    assert [(each.code, each.index) for each in caught.value.errors] == [("PayloadTooLarge", 1)]
+
+
 async def test_one_payload_goes_to_many_tokens_and_ids_come_in_their_order(
     running: Running, caller: Caller, apple: Simulator
 ) -> None:
@@ -366,7 +494,16 @@ async def test_a_long_list_of_errors_is_cut(caller: Caller) -> None:
         ({"token": token(1), "title": "x", "wait": 31}, "BadWait", "0 to 30"),
         ({"token": token(1), "title": "x", "wait": -1}, "BadWait", "0 to 30"),
         ({"tokens": [token(1)], "title": "x", "wait": 1}, "BadWait", "single token"),
-        ({"token": token(1), "title": 3}, "BadType", "expected a string or null, got a whole number"),
+        ({"token": token(1), "title": 3}, "BadType", "expected a string or an object or null, got a whole"),
+        ({"token": token(1), "title": {"loc_key": 1}}, "BadType", "title.loc_key: expected a string"),
+        ({"token": token(1), "title": {"loc-key": "K"}}, "UnknownField", "'title.loc-key' here. Did you mean loc_key?"),
+        ({"token": token(1), "sound": {"loud": 1}}, "UnknownField", "There may be name, volume, critical."),
+        ({"token": token(1), "sound": {"volume": 2}}, "BadRequestPayload", "aps.sound.volume must lie within 0 and 1"),
+        ({"token": token(1), "live_activity": {"event": "end"}}, "BadType", "timestamp"),
+        ({"token": token(1), "live_activity": {"event": "end", "timestamp": 1}}, "BadRequestPayload", "liveactivity"),
+        ({"token": token(1), "url_args": [1]}, "BadType", "url_args[0]: expected a string"),
+        ({"notifications": [{"token": token(1), "sound": {"nam": "x"}}]}, "UnknownField", "Did you mean name?"),
+        ({"token": token(1), "title": "x", "collapse": "no"}, "BadType", "true or false"),
         ([], "BadType", "expected an object, got an array"),
         (b"", "InvalidJson", "empty"),
         (b"{", "InvalidJson", "not JSON"),
@@ -434,29 +571,325 @@ async def test_a_compressed_body_is_refused(caller: Caller) -> None:
     assert (status, problem["code"]) == (415, "UnsupportedEncoding")
 
 
+# -- when there is no room -------------------------------------------------------------------------------------------
+
+
+class Bare:
+    """A door of its own, with a relay that sends nothing."""
+
+    def __init__(self, door: Api, relay: Relay, url: str, caller: Caller) -> None:
+        self.door = door
+        self.relay = relay
+        self.caller = caller
+        parts = urlsplit(url)
+        self._address = (parts.hostname, parts.port)
+
+    async def begin(self, content: bytes, *, length: int | None = None, key: str = KEY, more: str = "") -> Wire:
+        """A POST of `content`, announced as `length` octets."""
+        reader, writer = await asyncio.open_connection(*self._address)
+        size = len(content) if length is None else length
+        head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\nContent-Length: {size}\r\n{more}\r\n"
+        writer.write(head.encode() + content)
+        return Wire(reader, writer)
+
+    async def holds(self, octets: int) -> None:
+        """Once the door holds so many."""
+        async with asyncio.timeout(PATIENCE_S):
+            while self.door._held_bytes != octets:
+                await self.caller.ask("GET", "/healthz")
+
+
+class Wire:
+    """A connection that says what it is told to, when it is told to."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+
+    async def send(self, content: bytes) -> None:
+        self._writer.write(content)
+        await self._writer.drain()
+
+    async def answer(self) -> tuple[int, dict[str, str], Any]:
+        async with asyncio.timeout(PATIENCE_S):
+            head = (await self._reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+            headers = dict(line.lower().split(": ", 1) for line in head[1:] if line)
+            body = await self._reader.readexactly(int(headers["content-length"]))
+        return int(head[0].split()[1]), headers, json.loads(body)
+
+    async def ended(self) -> bytes:
+        """What still comes, up to the end; a connection that is reset raises."""
+        async with asyncio.timeout(PATIENCE_S):
+            return await self._reader.read()
+
+    async def close(self) -> None:
+        self._writer.close()
+        await self._writer.wait_closed()
+
+
+@asynccontextmanager
+async def serving_door(door: Api, relay: Relay) -> AsyncIterator[Bare]:
+    server = service._Server(make_app(door, Telemetry().registry))
+    with service._listen(ApiSettings(port=0)) as listening:
+        serve = asyncio.create_task(server.serve([listening]))
+        await server.ready.wait()
+        url = service._url(listening)
+        async with aiohttp.ClientSession(
+            headers={"authorization": f"Bearer {KEY}"}, timeout=aiohttp.ClientTimeout(PATIENCE_S)
+        ) as session:
+            yield Bare(door, relay, url, Caller(session, url))
+        server.should_exit = True
+        await serve
+
+
+@pytest.fixture
+async def bare(tmp_path: Path, apple: Simulator) -> AsyncIterator[Bare]:
+    async with open_house(tmp_path, apple, working=False) as house:
+        door = Api(house.relay, ["example"], KEY.encode())
+        async with serving_door(door, house.relay) as bare:
+            yield bare
+            assert (door._held_bytes, door._requests) == (0, 0)
+
+
+def one(number: int, **fields: Any) -> bytes:
+    return json.dumps({"token": token(number), "title": "x", **fields}).encode()
+
+
 async def test_a_full_queue_answers_429_and_a_closed_store_503_both_with_retry_after(
     tmp_path: Path, apple: Simulator
 ) -> None:
     async with open_house(tmp_path, apple, working=False) as house:
-        store = await SqliteStore.open(tmp_path / "small.db", max_waiting=1)
+        store = await SqliteStore.open(tmp_path / "small.db", max_waiting=2)
         relay = Relay(store, store, house.carrier, house.relay._apps, Telemetry(), clock=time.time)
-        server = service._Server(make_app(Api(relay, ["example"], b"hg_key"), Telemetry().registry))
-        listening = service._listen(ApiSettings(port=0))
-        serve = asyncio.create_task(server.serve([listening]))
-        await server.ready.wait()
-        running = Running(service._url(listening), "hg_key", relay, asyncio.Event())
-        async with calling(running) as caller:
+        async with serving_door(Api(relay, ["example"], KEY.encode()), relay) as bare:
+            caller = bare.caller
             await caller.send({"token": token(1), "title": "x"})
-            status, problem, response = await caller.post({"token": token(2), "title": "x"})
+            status, problem, response = await caller.post({"tokens": [token(2), token(3)], "title": "x"})
             assert (status, problem["code"]) == (429, "Overloaded")
             assert int(response.headers["retry-after"]) > 0
             await store.aclose()
             status, problem, response = await caller.post({"token": token(3), "title": "x"})
             assert (status, problem["code"]) == (503, "StoreUnavailable")
             assert int(response.headers["retry-after"]) > 0
-        server.should_exit = True
-        await serve
-        listening.close()
+
+
+async def test_without_room_nothing_is_read_and_what_is_known_is_still_told(tmp_path: Path, apple: Simulator) -> None:
+    async with open_house(tmp_path, apple, working=False) as house:
+        store = await SqliteStore.open(tmp_path / "small.db", max_waiting=1)
+        relay = Relay(store, store, house.carrier, house.relay._apps, Telemetry(), clock=time.time)
+        async with serving_door(Api(relay, ["example"], KEY.encode()), relay) as bare:
+            taken = await bare.caller.send({"token": token(1), "title": "x"})
+            wire = await bare.begin(b"", length=1_000_000)
+            status, headers, problem = await wire.answer()
+            assert (status, problem["code"]) == (429, "Overloaded")
+            assert int(headers["retry-after"]) > 0
+            await wire.close()
+            # What came whole all the same keeps its connection.
+            wire = await bare.begin(b"no JSON at all")
+            status, headers, problem = await wire.answer()
+            assert (status, "connection" in headers) == (429, False)
+            await wire.close()
+            assert (await bare.caller.ask("GET", taken["receipt"]))[0] == 200
+        await store.aclose()
+
+
+async def test_bodies_beyond_the_budget_are_put_off_until_others_are_through(
+    bare: Bare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api, "MAX_HELD_BYTES", 1000)
+    content = one(1, body="x" * 600)
+    slow = await bare.begin(content[:100], length=len(content))
+    await bare.holds(len(content))
+    status, problem, response = await bare.caller.post(content)
+    assert (status, problem["code"], response.headers["retry-after"]) == (503, "Busy", "1")
+    await slow.send(content[100:])
+    assert (await slow.answer())[0] == 202
+    await slow.close()
+    assert (await bare.caller.post(content))[0] == 202
+
+
+async def test_a_body_that_comes_in_chunks_counts_as_it_comes(bare: Bare, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "MAX_HELD_BYTES", 100_000)
+
+    async def chunks() -> AsyncIterator[bytes]:
+        for _ in range(20):
+            yield bytes(10_000)
+
+    status, problem, _ = await bare.caller.ask("POST", PATH, chunks())
+    assert (status, problem["code"]) == (503, "Busy")
+
+
+async def test_more_requests_than_may_be_in_hand_are_put_off(bare: Bare, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "MAX_REQUESTS", 1)
+    content = one(1)
+    slow = await bare.begin(content[:20], length=len(content))
+    await bare.holds(len(content))
+    status, problem, response = await bare.caller.ask("GET", f"{PATH}/x")
+    assert (status, problem["code"], response.headers["retry-after"]) == (503, "Busy", "1")
+    await slow.send(content[20:])
+    assert (await slow.answer())[0] == 202
+    await slow.close()
+
+
+async def test_who_hangs_up_gives_back_what_was_held(bare: Bare) -> None:
+    wire = await bare.begin(b"{", length=5000)
+    await bare.holds(5000)
+    await wire.close()
+    await bare.holds(0)
+
+
+async def test_who_waits_for_an_outcome_holds_no_body(bare: Bare) -> None:
+    waiting = asyncio.create_task(bare.caller.post(one(1, body="x" * 1000, wait=30)))
+    async with asyncio.timeout(PATIENCE_S):
+        while not bare.door._waits:
+            await bare.caller.ask("GET", "/healthz")
+    await bare.holds(0)
+    bare.door.hurry()
+    assert (await waiting)[0] == 202
+
+
+async def test_a_body_that_does_not_come_in_time_is_given_up(bare: Bare, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange, "BODY_S", 0.05)
+    for sent in (b"", b"{"):
+        wire = await bare.begin(sent, length=100)
+        status, headers, problem = await wire.answer()
+        assert (status, problem["code"], headers["connection"]) == (408, "RequestTimeout", "close")
+        await wire.close()
+
+
+@pytest.mark.parametrize("key", [KEY, "hg_wrong"])
+async def test_who_is_still_sending_gets_the_answer_and_no_reset(
+    bare: Bare, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api, "MAX_HELD_BYTES", 1000)
+    size = exchange.MAX_BODY_BYTES
+    wire = await bare.begin(b"", length=size, key=key)
+    await wire.send(bytes(size))
+    status, headers, problem = await wire.answer()
+    assert (status, problem["code"]) == ((503, "Busy") if key == KEY else (401, "Unauthorized"))
+    assert headers["connection"] == "close"
+    assert await wire.ended() == b""
+    await wire.close()
+
+
+async def test_who_asks_before_sending_is_told_no_before_it_sends(bare: Bare) -> None:
+    wire = await bare.begin(b"", length=9_000_000, more="Expect: 100-continue\r\n")
+    assert (await wire.answer())[0] == 413
+    await wire.close()
+
+
+async def test_what_comes_after_an_answer_is_thrown_away_for_a_while_only(
+    bare: Bare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exchange, "_LINGER_S", 0.05)
+    wire = await bare.begin(b"", length=1_000_000, key="hg_wrong")
+    assert (await wire.answer())[0] == 401
+    assert await wire.ended() == b""
+    await wire.close()
+
+
+async def test_apps_that_come_while_the_door_is_open_are_seen(tmp_path: Path, apple: Simulator) -> None:
+    async with open_house(tmp_path, apple, working=False) as house:
+        apps: dict[str, object] = {}
+        async with serving_door(Api(house.relay, apps, KEY.encode()), house.relay) as bare:
+            assert (await bare.caller.complaint({"token": token(1), "title": "x"}))["code"] == "MissingApp"
+            apps["example"] = 1
+            await bare.caller.send({"token": token(1), "title": "x"})
+            apps["other"] = 2
+            assert (await bare.caller.complaint({"token": token(1), "title": "x"}))["code"] == "MissingApp"
+
+
+async def test_paths_beside_those_of_the_door_need_the_key_too(tmp_path: Path, apple: Simulator) -> None:
+    async def hello(_: exchange.Exchange) -> exchange.Answer:
+        return exchange.Answer(200, b'"hello"')
+
+    async with open_house(tmp_path, apple, working=False) as house:
+        door = Api(house.relay, ["example"], KEY.encode(), {"/v1/hello": {"GET": hello}}.get)
+        async with serving_door(door, house.relay) as bare:
+            assert (await bare.caller.ask("GET", "/v1/hello"))[:2] == (200, "hello")
+            assert (await bare.caller.ask("POST", "/v1/hello", b"x"))[0] == 405
+            wrong = {"authorization": "Bearer hg_wrong"}
+            assert (await bare.caller.ask("GET", "/v1/hello", headers=wrong))[0] == 401
+
+
+async def test_our_own_fault_is_told_and_logged(
+    tmp_path: Path, apple: Simulator, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def fail(_: exchange.Exchange) -> exchange.Answer:
+        raise ZeroDivisionError
+
+    async with open_house(tmp_path, apple, working=False) as house:
+        door = Api(house.relay, ["example"], KEY.encode(), {"/v1/fail": {"GET": fail}}.get)
+        async with serving_door(door, house.relay) as bare:
+            status, problem, _ = await bare.caller.ask("GET", "/v1/fail")
+    assert (status, problem["code"]) == (500, "InternalError")
+    assert "ZeroDivisionError" in caplog.text
+
+
+# -- the buried ------------------------------------------------------------------------------------------------------
+
+
+async def bury(house: House, count: int) -> list[str]:
+    """Ids of notifications that were given up on, newest last."""
+    ids = await house.push([token(number) for number in range(count)])
+    (lease,) = await house.store.take(1)
+    details = tuple(Detail(index, "ServiceUnavailable", 503, attempts=9) for index in range(count))
+    states = bytes([State.BURIED] * count)
+    await house.store.record([Outcomes(lease.batch.id, lease.attempt, states, bytes(4 * count), details)], [])
+    await house.store.finish([LeaseEnd(lease.batch.id, lease.attempt)])
+    return ids
+
+
+async def test_the_buried_are_listed_page_by_page_and_sent_again_when_asked(tmp_path: Path, apple: Simulator) -> None:
+    async with open_house(tmp_path, apple, working=False) as house:
+        ids = await bury(house, 3)
+        async with serving_door(Api(house.relay, ["example"], KEY.encode()), house.relay) as bare:
+            caller = bare.caller
+            status, page, _ = await caller.ask("GET", "/v1/buried?limit=2")
+            assert status == 200
+            assert [each["id"] for each in page["buried"]] == [ids[2], ids[1]]
+            assert {(each["state"], each["reason"], each["attempts"]) for each in page["buried"]} == {
+                ("buried", "ServiceUnavailable", 9)
+            }
+            assert page["next"] == ids[1]
+            _, page, _ = await caller.ask("GET", f"/v1/buried?app=example&limit=2&before={page['next']}")
+            assert ([each["id"] for each in page["buried"]], page["next"]) == ([ids[0]], None)
+            assert (await caller.ask("GET", "/v1/buried?app=other"))[1] == {"buried": [], "next": None}
+
+            body = json.dumps({"ids": [ids[0], ids[2], "x"]}).encode()
+            status, replayed, _ = await caller.ask("POST", "/v1/buried/replay", body)
+            assert (status, sorted(replayed["replayed"])) == (200, [ids[0], ids[2]])
+            _, page, _ = await caller.ask("GET", "/v1/buried")
+            assert [each["id"] for each in page["buried"]] == [ids[1]]
+            assert (await caller.ask("GET", f"{PATH}/{ids[0]}"))[1]["state"] == "queued"
+
+
+@pytest.mark.parametrize(
+    "method,path,content,code",
+    [
+        ("GET", "?limit=0", None, "BadParameter"),
+        ("GET", "?limit=1001", None, "BadParameter"),
+        ("GET", "?limit=ten", None, "BadParameter"),
+        ("GET", "?limit=" + "0" * 5000 + "1", None, "BadParameter"),
+        ("GET", "?limit=%C2%B2", None, "BadParameter"),
+        ("GET", "?before=x", None, "BadParameter"),
+        ("GET", "?page=2", None, "UnknownParameter"),
+        ("POST", "/replay", b"{}", "BadType"),
+        ("POST", "/replay", b'{"ids": [1]}', "BadType"),
+        ("POST", "/replay", b'{"ids": [], "id": "x"}', "UnknownField"),
+        ("POST", "/replay", b"{", "InvalidJson"),
+        ("POST", "/replay", json.dumps({"ids": ["x"] * 10_001}).encode(), "TooManyNotifications"),
+        ("POST", "", b"", "MethodNotAllowed"),
+        ("GET", "/replay", None, "MethodNotAllowed"),
+    ],
+)
+async def test_bad_questions_about_the_buried_are_refused(
+    bare: Bare, method: str, path: str, content: bytes | None, code: str
+) -> None:
+    assert (await bare.caller.ask(method, "/v1/buried" + path, content))[1]["code"] == code
+
+
+# -- any octets ------------------------------------------------------------------------------------------------------
 
 
 _json = st.recursive(
@@ -472,8 +905,8 @@ _known = st.sampled_from([*api._Post.__struct_fields__, "x"])
 )
 def test_any_octets_become_columns_or_a_problem(body: bytes) -> None:
     try:
-        columns = api._columns(api._parse(body))
-    except (Refused, api._Problem):
+        columns = api._columns(api._parse(body, api._Post))
+    except (Refused, exchange.Problem):
         return
     count = len(columns.tokens)
     assert len(columns.headers) in (1, count)

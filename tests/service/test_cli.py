@@ -10,15 +10,22 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
+from click import Command, Group
+from click import Path as ClickPath
 from click.testing import CliRunner
 
 from heliograph import __version__
 from heliograph.cli import cli
+from heliograph.model import Environment
+from tests.certificates import push_certificate
 from tests.programs import need
 
 PATIENCE_S = 30
@@ -117,16 +124,37 @@ def paste(command: str, folder: Path) -> str:
 # -- help ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", [[], *([name] for name in cli.commands)])
+def all_commands() -> list[list[str]]:
+    groups = {name: each for name, each in cli.commands.items() if isinstance(each, Group)}
+    return [
+        [],
+        *([name] for name in cli.commands),
+        *([name, sub] for name, each in groups.items() for sub in each.commands),
+    ]
+
+
+@pytest.mark.parametrize("command", all_commands(), ids=" ".join)
 def test_help_shows_an_example_and_fits_the_screen(command: list[str]) -> None:
     said = CliRunner().invoke(cli, [*command, "--help"]).output
     assert re.search(r"Example.*:\n    ?(HELIOGRAPH_\S+ )?heliograph ", said)
     assert max(map(len, said.splitlines())) <= 100
 
 
-def test_no_option_takes_a_secret() -> None:
-    options = [option for command in cli.commands.values() for param in command.params for option in param.opts]
-    assert not {"--key", "--token", "--password", "--secret"} & set(options)
+def test_options_for_secrets_take_files_only() -> None:
+    found = set()
+    for path in all_commands():
+        command: Command = cli
+        for name in path:
+            assert isinstance(command, Group)
+            command = command.commands[name]
+        for param in command.params:
+            if (
+                re.search("key|token|password|passphrase|secret|certificate|proxy", param.name or "")
+                and param.opts[0][0] == "-"
+            ):
+                found |= {param.opts[0]}
+                assert isinstance(param.type, ClickPath) or param.opts == ["--key-id"], param.opts
+    assert {"--key", "--key-file", "--certificate", "--passphrase-file", "--proxy-file"} <= found
 
 
 def test_both_names_of_the_program_work(tmp_path: Path) -> None:
@@ -313,6 +341,14 @@ def test_serve_with_a_wrong_key_file_says_what_it_is(tmp_path: Path) -> None:
     assert "The signing key is a certificate" in done.stderr
 
 
+def test_serve_with_a_simulator_serves_apps_with_certificates_too(tmp_path: Path) -> None:
+    private(tmp_path / "shop.pem", push_certificate("com.example.shop", environments=[Environment.PRODUCTION]).pem)
+    (tmp_path / "heliograph.toml").write_text('[api]\nport = 0\n[apps.shop]\ncertificate = "shop.pem"\n')
+    with start(tmp_path, "serve", "--simulator") as serve:
+        done = run(tmp_path, "send", "--title", "x", ALIVE, **url_of(serve))
+        assert done.returncode == 0, done.stderr
+
+
 def test_serve_twice_on_one_data_folder_is_refused(tmp_path: Path, server: dict[str, str]) -> None:
     done = run(tmp_path, "serve", HELIOGRAPH_API__PORT="0")
     assert done.returncode == 1
@@ -365,3 +401,254 @@ def test_simulate_on_a_taken_port_says_so(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "name another port" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+# -- apps and credentials --------------------------------------------------------------------------------------------
+
+
+def private(path: Path, content: bytes) -> Path:
+    path.touch(0o600)
+    path.write_bytes(content)
+    return path
+
+
+@pytest.fixture
+def far_side(tmp_path: Path) -> Iterator[str]:
+    """A simulator; the lines of a configuration that lead to it."""
+    with start(tmp_path, "simulate", "--port", "0", "--folder", "apple") as simulate:
+        said = simulate.wait_for("Ctrl-C ends it.")
+        yield said[said.index("[apps.demo]") : said.index("Ctrl-C")]
+
+
+def url_of(started: Started) -> dict[str, str]:
+    found = re.search(r"url=(\S+)", started.wait_for("url="))
+    assert found is not None
+    return {"HELIOGRAPH_URL": found[1]}
+
+
+def test_sighup_reads_the_apps_of_the_configuration_again(tmp_path: Path, far_side: str) -> None:
+    config = tmp_path / "heliograph.toml"
+    config.write_text(f"[api]\nport = 0\n{far_side}")
+    with start(tmp_path, "serve") as serve:
+        url = url_of(serve)
+        config.write_text(f"[api]\nport = 0\n{far_side}{far_side.replace('apps.demo', 'apps.shop')}")
+        serve.process.send_signal(signal.SIGHUP)
+        serve.wait_for("reloaded")
+        done = run(tmp_path, "send", "--app", "shop", "--title", "x", ALIVE, **url)
+        assert done.returncode == 0, done.stderr
+        config.write_text("[apps.shop]\nprot = 1\n")
+        serve.process.send_signal(signal.SIGHUP)
+        assert "apps.shop.prot is not a setting" in serve.wait_for("configuration_kept")
+        (tmp_path / "own.toml").touch()
+        done = run(tmp_path, "send", "--config", "own.toml", "--app", "shop", "--title", "x", ALIVE, **url)
+        assert done.returncode == 0, done.stderr
+        assert serve.stop(signal.SIGTERM) == 0
+
+
+def test_an_app_is_added_shown_and_removed_while_the_server_runs(tmp_path: Path, far_side: str) -> None:
+    values = dict(re.findall(r'^(\w+) = "?([^"\n]*)"?$', far_side, re.MULTILINE))
+    with start(tmp_path, "serve", HELIOGRAPH_API__PORT="0") as serve:
+        url = url_of(serve)
+        add = ["app", "add", "till", "--key", values["key"], "--team-id", values["team_id"], "--topic", values["topic"]]
+        to = ["--host", values["host"], "--port", values["port"], "--ca", values["ca"]]
+        done = run(tmp_path, *add, *to, **url)
+        assert done.returncode == 0, done.stderr
+        assert "credentials  signing key HELIOGRAPH  production  no end" in done.stdout
+        assert run(tmp_path, "send", "--title", "x", ALIVE, **url).returncode == 0
+        assert run(tmp_path, "app", "list", **url).stdout == "till  com.example.demo  production  api\n"
+        assert json.loads(run(tmp_path, "app", "show", "till", "--json", **url).stdout)["name"] == "till"
+        said = run(tmp_path, "credentials", "list", **url).stdout
+        assert said == "till  signing key HELIOGRAPH  production  no end\n"
+        assert run(tmp_path, "app", "remove", "till", **url).stdout == "till is removed.\n"
+        lost = run(tmp_path, "app", "remove", "till", **url)
+        assert (lost.returncode, lost.stderr) == (1, "Error: There is no app 'till'. Known apps: none\n")
+        wrong = run(tmp_path, *add, "--port", "80", **url)
+        assert wrong.returncode == 1
+        assert "Apple listens on 443 and 2197" in wrong.stderr
+        assert "BEGIN PRIVATE KEY" not in serve.said()
+
+
+def test_what_was_given_up_on_is_listed_and_replayed(tmp_path: Path, server: dict[str, str]) -> None:
+    assert run(tmp_path, "buried", "list", **server).stdout == "Nothing was given up on.\n"
+    done = run(tmp_path, "buried", "replay", "01a1b2c3-d4e5-7000-8000-000000000001", **server)
+    assert done.returncode == 1
+    assert "is not among what was given up on" in done.stdout
+    assert json.loads(run(tmp_path, "buried", "list", "--json", **server).stdout) == {"buried": [], "next": None}
+
+
+def test_inspect_says_what_a_file_is_and_until_when(tmp_path: Path) -> None:
+    issued = push_certificate("com.example.shop")
+    file = private(tmp_path / "shop.p12", issued.p12(b"tea"))
+    word = private(tmp_path / "word", b"tea\n")
+    done = run(tmp_path, "credentials", "inspect", str(file), "--passphrase-file", str(word))
+    assert done.returncode == 0, done.stdout
+    assert "certificate with private key" in done.stdout
+    assert "topics       com.example.shop" in done.stdout
+    assert "364 days left" in done.stdout
+    locked = run(tmp_path, "credentials", "inspect", str(file), "--json")
+    assert locked.returncode == 1
+    (told,) = json.loads(locked.stdout)["files"]
+    assert told["kind"] == "file under a passphrase"
+    assert "passphrase" in told["problems"][0]
+
+
+def test_inspect_takes_the_key_of_a_certificate_from_a_file_of_its_own(tmp_path: Path) -> None:
+    issued = push_certificate("com.example.shop", now=datetime.now(UTC) - timedelta(days=400))
+    file = private(tmp_path / "aps.cer", issued.certificate_der)
+    key = private(tmp_path / "aps.key", issued.key_pem)
+    alone = run(tmp_path, "credentials", "inspect", str(file))
+    assert "certificate without private key" in alone.stdout
+    done = run(tmp_path, "credentials", "inspect", str(file), "--key", str(key))
+    assert done.returncode == 1
+    assert re.search(r"ends +20\d\d-\d\d-\d\d, ended \d+ days ago", done.stdout)
+    assert "problem      The certificate has ended" in done.stdout
+
+
+def test_the_master_key_is_rotated(tmp_path: Path, server: dict[str, str]) -> None:
+    path = tmp_path / "data" / "master-key"
+    before = path.read_text()
+    done = run(tmp_path, "credentials", "rotate-master-key")
+    assert done.returncode == 0, done.stderr
+    assert path.read_text().endswith(before)
+    assert path.read_text() != before
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+# -- doctor ----------------------------------------------------------------------------------------------------------
+
+
+def examine(folder: Path, *arguments: str, **more: str) -> tuple[int, dict[str, list[tuple[str, str]]]]:
+    """Its exit code, and level and text by what was looked at."""
+    done = run(folder, "doctor", "--json", *arguments, **more)
+    assert done.stderr == ""
+    told = json.loads(done.stdout)
+    assert told["well"] == (done.returncode == 0)
+    found: dict[str, list[tuple[str, str]]] = {}
+    for each in told["findings"]:
+        found.setdefault(each["about"], []).append((each["level"], each["text"]))
+    return done.returncode, found
+
+
+def test_doctor_finds_all_well_and_proves_the_credentials(tmp_path: Path, far_side: str) -> None:
+    (tmp_path / "heliograph.toml").write_text(f"[api]\nport = 0\n{far_side}")
+    with start(tmp_path, "serve") as serve:
+        url_of(serve)
+        code, found = examine(tmp_path, "--send")
+        assert code == 0, found
+        assert {level for each in found.values() for level, _ in each} == {"ok"}
+        assert found["database lock"] == [("ok", f"held by process {serve.process.pid}")]
+        assert found["database"][0][1].startswith("sound, ")
+        assert found["app demo"] == [("ok", "signing key HELIOGRAPH of team SIMULATION, for production")]
+        assert found["app demo, production"] == [("ok", "the signing key HELIOGRAPH is taken for com.example.demo")]
+        (place,) = (about for about in found if about.startswith("localhost:"))
+        assert found[place] == [("ok", "reached, TLSv1.3 and HTTP/2, its certificate is good")]
+    said = run(tmp_path, "doctor", "--offline")
+    assert said.returncode == 0
+    assert "ok        database lock: free: no server runs on it\n" in said.stdout
+    assert "localhost:" not in said.stdout
+
+
+def test_doctor_sees_the_apps_that_a_running_server_was_given(tmp_path: Path) -> None:
+    (tmp_path / "heliograph.toml").write_text(f"[api]\nport = {unused_port()}\n")
+    file = private(tmp_path / "shop.pem", push_certificate("com.example.shop", days=20).pem)
+    with start(tmp_path, "serve") as serve:
+        serve.wait_for("url=")
+        added = run(tmp_path, "app", "add", "shop", "--certificate", str(file))
+        assert added.returncode == 0, added.stderr
+        code, found = examine(tmp_path, "--offline")
+        assert code == 0
+        assert found["port of the API"][0][1].startswith("the server answers on ")
+        ((level, text),) = found["app shop"]
+        assert level == "warning"
+        assert "added by the API: 19 days left" in text
+        assert "apps" not in found
+        assert examine(tmp_path, "--offline", HELIOGRAPH_KEY="hg_wrong")[1]["apps"][0][0] == "warning"
+
+
+def test_doctor_names_credentials_that_apple_does_not_take(tmp_path: Path, far_side: str) -> None:
+    (tmp_path / "heliograph.toml").write_text(far_side.replace("SIMULATION", "OTHERTEAM1"))
+    code, found = examine(tmp_path, "--send")
+    assert code == 1
+    ((level, text),) = found["app demo, production"]
+    assert level == "problem"
+    assert text.startswith("the answer to the signing key HELIOGRAPH is 403 InvalidProviderToken: ")
+
+
+def test_doctor_tells_what_is_wrong_on_this_machine(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir(0o700)
+    data.chmod(0o755)
+    (data / "heliograph.db").write_bytes(b"no database" * 100)
+    (data / "heliograph.db").chmod(0o644)
+    private(data / "master-key", b"damaged")
+    os.utime(data / "master-key", (time.time() + 86_400,) * 2)
+    ended = push_certificate("com.example.shop", now=datetime.now(UTC) - timedelta(days=400))
+    soon = push_certificate("com.example.till", uid="com.example.till", days=10)
+    apps = {"shop": private(tmp_path / "shop.pem", ended.pem), "till": private(tmp_path / "till.pem", soon.pem)}
+    apps["lost"] = tmp_path / "absent.p12"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        tables = "".join(f'[apps.{name}]\ncertificate = "{file}"\n' for name, file in apps.items())
+        (tmp_path / "heliograph.toml").write_text(f"[api]\nport = {port}\n{tables}")
+        done = subprocess.Popen(
+            [*PROGRAM, "doctor", "--offline", "--json"],
+            cwd=tmp_path,
+            env=environment(tmp_path),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        said, _ = done.communicate(timeout=PATIENCE_S)
+    assert done.returncode == 1
+    found: dict[str, list[Any]] = {}
+    for each in json.loads(said)["findings"]:
+        found.setdefault(each["about"], []).append((each["level"], each["text"]))
+    assert found["clock"][0][0] == "problem"
+    assert found["data folder"] == [
+        ("warning", f"every user of this machine can look into {data}: run chmod 700 {data}")
+    ]
+    assert found["heliograph.db"][0][1].endswith(f"run chmod 600 {data / 'heliograph.db'}")
+    assert found["master key"][0][0] == "problem"
+    assert "put it back from a backup" in found["database"][0][1]
+    assert found["port of the API"] == [
+        ("problem", f"another program listens on 127.0.0.1:{port}: stop it, or set api.port")
+    ]
+    assert re.search("it ended [0-9]+ days ago, make a new one", found["app shop"][0][1])
+    assert found["app till"][0][0] == "warning"
+    assert "9 days left" in found["app till"][0][1]
+    assert "there is no file" in found["app lost"][0][1]
+
+
+def test_doctor_tells_where_the_way_to_apple_ends(tmp_path: Path, far_side: str) -> None:
+    def there(lines: str) -> str:
+        (tmp_path / "heliograph.toml").write_text(lines)
+        code, found = examine(tmp_path)
+        assert code == 1
+        (text,) = (each[0][1] for about, each in found.items() if ":" in about)
+        return text
+
+    gone = re.sub("port = [0-9]+", f"port = {unused_port()}", far_side)
+    assert "cannot be reached" in there(gone)
+    assert "is not known here" in there(far_side.replace('host = "localhost"', 'host = "nowhere.invalid"'))
+    assert "of an authority that is not trusted here" in there(re.sub('ca = ".*"', "", far_side))
+    through = there(far_side + f'proxy = "http://127.0.0.1:{unused_port()}"\n')
+    assert "the proxy 127.0.0.1:" in through
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        (tmp_path / "heliograph.toml").write_text(
+            re.sub("port = [0-9]+", f"port = {silent.getsockname()[1]}", far_side)
+        )
+        process = subprocess.Popen(
+            [*PROGRAM, "doctor"], cwd=tmp_path, env=environment(tmp_path), stdout=subprocess.PIPE, text=True
+        )
+        accepted, _ = silent.accept()
+        accepted.close()
+        said, _ = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 1
+    assert "the TLS handshake failed" in said
+
+
+def test_doctor_reads_a_configuration_that_cannot_be_read_no_further(tmp_path: Path) -> None:
+    (tmp_path / "heliograph.toml").write_text("prot = 1\n")
+    done = run(tmp_path, "doctor")
+    assert done.returncode == 1
+    assert done.stdout.startswith("problem   configuration: heliograph.toml: prot is not a setting")
+    assert run(tmp_path, "doctor", "--offline", "--send").returncode == 2

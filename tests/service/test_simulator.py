@@ -30,7 +30,7 @@ from heliograph.protocols.http2 import (
     frames,
 )
 from heliograph.protocols.provider_token import mint, parse_signing_key
-from heliograph.simulator.faults import Answer, Delay
+from heliograph.simulator.faults import Answer, Cut, Delay, Reset, StreamLimit
 from heliograph.simulator.server import KEY_ID, TEAM_ID, Judged, Simulator, new_signing_key, run
 from tests.programs import need
 
@@ -318,6 +318,45 @@ async def test_what_is_above_the_last_stream_of_a_goodbye_is_not_acted_on(apple:
     assert [received.token for received in apple.received] == [TWO, ONE]
 
 
+async def test_goodbye_may_leave_out_the_newest_but_nothing_that_was_acted_on(apple: Simulator) -> None:
+    async with client_of(apple) as client:
+        apple.says_goodbye(newest=3, after=4)
+        apple.delays(0.01, token=TWO)
+        # The greeting had stream 1. Stream 5 was acted on: those after it are left out, the last one included.
+        assert await client.ask(TWO, ONE, TWO, TWO, ONE) == [Accepted, Accepted, *[NotProcessed] * 3]
+        await client.until(lambda: client.closed)
+        assert [goodbye.last_stream_id for goodbye in client.goodbyes] == [5]
+    assert [received.token for received in apple.received] == [ONE, TWO]
+
+
+async def test_stream_may_be_reset_after_it_was_acted_on(apple: Simulator) -> None:
+    apple.misbehaves(Reset(ErrorCode.CANCEL, acted=True), token=ONE)
+    async with client_of(apple) as client:
+        assert await client.ask(ONE, TWO) == [Unknown, Accepted]
+        assert [received.token for received in apple.received] == [ONE, TWO]
+
+
+async def test_cut_connection_was_acted_on_and_brings_no_answer(apple: Simulator) -> None:
+    async with client_of(apple) as client:
+        apple.misbehaves(Cut(), times=1)
+        assert await client.ask(ONE) == [Unknown]
+        await client.until(lambda: client.closed)
+        assert client.goodbyes == []
+        assert [received.token for received in apple.received] == [ONE]
+    async with client_of(apple) as client:
+        assert await client.ask(ONE) == [Accepted]
+
+
+async def test_stream_limit_changes_once_for_each_order(apple: Simulator) -> None:
+    async with client_of(apple) as client:
+        apple.misbehaves(StreamLimit(1), times=2)
+        apple.misbehaves(StreamLimit(500, then=Delay(0.001)))
+        assert await client.ask(ONE, TWO) == [Accepted] * 2
+        assert await client.ask(THREE) == [Accepted]
+        await client.until(lambda: client.limits == [1, 1000, 1, 500])
+        assert len(apple.received) == 3
+
+
 # -- the journal -------------------------------------------------------------------------------------------------
 
 
@@ -339,7 +378,9 @@ async def test_journal_has_a_line_for_each_request_before_its_answer(tmp_path: P
         (TWO, 200, None, "withheld"),
         (THREE, None, None, "reset"),
     ]
+    assert [line.code for line in lines] == [None, None, None, ErrorCode.INTERNAL_ERROR]
     assert {line.sha256 for line in lines} == {hashlib.sha256(PAYLOAD).hexdigest()}
+    assert {line.topic for line in lines} == {TOPIC}
     assert {line.connection for line in lines} == {1}
 
 

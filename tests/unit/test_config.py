@@ -17,6 +17,20 @@ key = "AuthKey_ABC123DEFG.p8"
 team_id = "DEF123GHIJ"
 """
 
+TABLES = """
+[apps.shop]
+topic = "com.example.shop"
+team_id = "DEF123GHIJ"
+
+[[apps.shop.credentials]]
+certificate = "voip.p12"
+passphrase = "credential:word"
+environment = "both"
+
+[[apps.shop.credentials]]
+key = "AuthKey_ABC123DEFG.p8"
+"""
+
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
@@ -40,10 +54,11 @@ def test_nothing_at_all_is_a_configuration() -> None:
 
 def test_four_lines_are_an_app(file: Path) -> None:
     file.write_text(SHOP)
-    app = load(file, {}).apps["shop"]
+    config = load(file, {})
+    app = config.apps["shop"]
     assert app.topic == "com.example.shop"
-    assert app.environment is Environments.PRODUCTION
-    assert (app.host, app.port, app.ca) == (None, 443, None)
+    assert (app.environment, app.host, app.port, app.ca, app.proxy) == (None, None, 443, None, None)
+    assert (config.store.receipts_days, config.store.max_waiting) == (7, 5_000_000)
 
 
 def test_relative_paths_start_at_the_folder_of_the_file(file: Path) -> None:
@@ -59,6 +74,30 @@ def test_relative_paths_start_at_the_folder_of_the_file(file: Path) -> None:
 def test_a_credential_stays_a_credential(file: Path) -> None:
     file.write_text(SHOP.replace("AuthKey_ABC123DEFG.p8", "credential:shop.p8"))
     assert load(file, {}).apps["shop"].key == "credential:shop.p8"
+
+
+def test_several_credentials_are_tables_that_take_team_and_environment_from_the_app(file: Path) -> None:
+    file.write_text(TABLES.replace("team_id", 'environment = "development"\nteam_id'))
+    voip, key = load(file, {}).apps["shop"].each_credentials()
+    assert (voip.certificate, voip.passphrase) == (f"file:{file.parent / 'voip.p12'}", "credential:word")
+    assert (voip.environment, voip.team_id) == (Environments.BOTH, None)
+    assert key.key == f"file:{file.parent / 'AuthKey_ABC123DEFG.p8'}"
+    assert (key.environment, key.team_id) == (Environments.DEVELOPMENT, "DEF123GHIJ")
+
+
+def test_a_certificate_needs_no_topic_and_apple_listens_on_two_ports(file: Path) -> None:
+    file.write_text('[apps.shop]\ncertificate = "shop.p12"\nport = 2197\n')
+    app = load(file, {}).apps["shop"]
+    assert (app.certificate, app.bundle_ids, app.port) == (f"file:{file.parent / 'shop.p12'}", (), 2197)
+
+
+def test_the_master_key_and_a_proxy_may_be_files_of_their_own(file: Path) -> None:
+    file.write_text('[store]\nmaster_key = "file:master"\n' + SHOP + 'proxy = "file:proxy"\n')
+    config = load(file, {})
+    assert config.store.master_key == f"file:{file.parent / 'master'}"
+    assert config.apps["shop"].proxy == f"file:{file.parent / 'proxy'}"
+    file.write_text(SHOP + 'proxy = "http://me@proxy.example.com:3128"\n')
+    assert load(file, {}).apps["shop"].proxy == "http://me@proxy.example.com:3128"
 
 
 def test_variables_win_over_the_file(file: Path) -> None:
@@ -79,6 +118,7 @@ def test_variables_alone_make_an_app_and_lists_have_commas() -> None:
     )
     app = config.apps["shop"]
     assert app.topics == ("com.example.shop", "com.example.till")
+    assert app.environment is Environments.BOTH
     assert app.environment.each() == (Environment.PRODUCTION, Environment.DEVELOPMENT)
 
 
@@ -89,16 +129,29 @@ def test_variables_of_the_command_line_are_no_settings() -> None:
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("prot = 1", ["prot is not a setting", "known here are data, api, apps"]),
+        ("prot = 1", ["prot is not a setting", "known here are data, api, store, apps"]),
         ("[api]\nprot = 1", ["heliograph.toml: api.prot is not a setting: did you mean port?"]),
         ("[app.shop]", ["app is not a setting: did you mean apps?"]),
         (SHOP + "keyid = 'x'", ["apps.shop.keyid is not a setting: did you mean key_id?"]),
-        (SHOP.replace("team_id", "#"), ["apps.shop.team_id is missing", "Team ID"]),
-        (SHOP.replace("key =", "#"), ["apps.shop.key is missing", ".p8"]),
+        (SHOP.replace("team_id", "#"), ["apps.shop has a key but no team_id", "Team ID"]),
+        (SHOP.replace("key =", "#"), ["apps.shop has no credentials: add key", ".p8", "certificate"]),
         (SHOP.replace("topic =", "#"), ["apps.shop needs either topic", "or topics"]),
-        (SHOP + "topics = ['a']", ["apps.shop needs either topic", "or topics"]),
+        (SHOP + "topics = ['a']", ["apps.shop has both topic and topics: keep one of them"]),
+        (SHOP + "certificate = 'a.p12'", ["apps.shop has both a key and a certificate", "[[credentials]] table"]),
+        (SHOP + "passphrase = 'file:a'", ["apps.shop has passphrase, which goes with a certificate", "remove it"]),
+        (SHOP.replace("key =", "certificate ="), ["apps.shop has a key_id or a team_id", "remove them"]),
+        (SHOP + "[[apps.shop.credentials]]\nkey = 'a'", ["apps.shop has key beside [[credentials]] tables: move it"]),
+        (TABLES + "[[apps.shop.credentials]]", ["apps.shop (credentials, table 3) has no credentials: add key"]),
+        (TABLES + "keyid = 'x'", ["apps.shop.credentials.keyid is not a setting: did you mean key_id?"]),
+        (SHOP + "credentials = 'x'", ["apps.shop.credentials must be tables in the file, [[apps.shop.credentials]]"]),
+        (SHOP + "proxy = 'proxy:3128'", ["apps.shop has a proxy that is not like http://proxy.example.com:3128"]),
+        (SHOP + "proxy = 'https://proxy:3128'", ["apps.shop has a proxy that is not like http://"]),
+        (SHOP + "proxy = 'http://proxy'", ["apps.shop has a proxy that is not like http://"]),
+        (SHOP + "port = 80", ["apps.shop has port 80, but Apple listens on 443 and 2197", "or add host"]),
+        (SHOP + "ca = 'ca.pem'", ["apps.shop has a ca, but no host that it could be for: add host"]),
+        ("[store]\nreceipts_days = 0", ["store.receipts_days does not fit: expected a whole number >= 1"]),
+        ("[store]\nmax_waiting = 0", ["store.max_waiting does not fit: expected a whole number >= 1"]),
         (SHOP + "environment = 'sandbox'", ["apps.shop.environment", "production, development, both"]),
-        (SHOP + "port = 2197", ["apps.shop has a port or a ca, but no host"]),
         (SHOP + "port = 99999", ["apps.shop.port does not fit: expected a whole number <= 65535"]),
         ("[api]\nport = '80'", ["api.port does not fit: expected a whole number, got text in quotes"]),
         ("data = 3", ["data does not fit: expected text in quotes, got a whole number"]),
@@ -137,12 +190,15 @@ def test_a_file_that_is_not_there_or_not_text_is_told(file: Path) -> None:
     [
         "[api]\nkey = 'hg_very_secret'",
         SHOP.replace("AuthKey_ABC123DEFG.p8", "-----BEGIN PRIVATE KEY-----very_secret"),
+        SHOP + "proxy = 'http://me:very_secret@proxy:3128'",
+        "[store]\nmaster_key = 'very_secret'",
+        '[apps.shop]\ncertificate = "shop.p12"\npassphrase = "very_secret"',
         SHOP.replace('"AuthKey_ABC123DEFG.p8"', '"""very_secret\nvery_secret"""'),
     ],
 )
 def test_a_secret_in_the_file_is_refused_and_not_repeated(file: Path, text: str) -> None:
     said = complaint(file, text)
-    assert "where the secret is, not what it is" in said
+    assert "where the secret is, not what it is" in said or "put the URL into a file" in said
     assert "very_secret" not in said
 
 

@@ -4,14 +4,16 @@ import pytest
 
 from heliograph.errors import Refused
 from heliograph.protocols.http2 import ErrorCode
-from heliograph.simulator.faults import Action, Answer, Close, Delay, Faults, GoAway, Reset, Withhold
+from heliograph.simulator.faults import Action, Answer, Close, Delay, Faults, GoAway, Reset, StreamLimit, Withhold
 
 ONE, TWO = "aa" * 32, "bb" * 32
 APP = "com.example.app"
 
 
-def found(faults: Faults, token: str = ONE, topic: str = APP) -> Action | None:
-    return faults.find_fault(token.encode(), topic.encode())
+def found(
+    faults: Faults, token: str = ONE, topic: str = APP, *, connection: int = 1, stream: int = 1, now: float = 0.0
+) -> Action | None:
+    return faults.find_fault(token.encode(), topic.encode(), connection, stream, now)
 
 
 def test_without_rules_nothing_is_special() -> None:
@@ -42,6 +44,46 @@ def test_rule_for_a_number_of_times_is_gone_after_them() -> None:
     busy = Answer(429, "TooManyRequests", retry_after_s=3)
     assert [found(faults) for _ in range(3)] == [busy, busy, None]
     assert not faults.misbehaving
+
+
+def test_rule_for_a_connection_and_a_stream_leaves_others_alone() -> None:
+    faults = Faults()
+    faults.misbehaves(StreamLimit(1), connection=2)
+    faults.misbehaves(Close(), stream=7)
+    assert found(faults) is None
+    assert found(faults, connection=2, stream=7) == StreamLimit(1)
+    assert found(faults, connection=1, stream=7) == Close()
+
+
+def test_rule_holds_from_its_start_to_before_its_end() -> None:
+    faults = Faults()
+    faults.misbehaves(Withhold(), start=10.0, until=20.0)
+    faults.rejects(None, "Shutdown", until=5.0)
+    assert [found(faults, now=now) for now in (4.9, 5.0, 10.0, 19.9, 20.0)] == [
+        Answer(503, "Shutdown"),
+        None,
+        Withhold(),
+        Withhold(),
+        None,
+    ]
+
+
+def test_rule_for_a_share_takes_about_so_many_and_the_same_ones_again() -> None:
+    def places() -> list[int]:
+        faults = Faults()
+        faults.misbehaves(Reset(ErrorCode.CANCEL), share=0.1)
+        return [place for place in range(1000) if found(faults) is not None]
+
+    assert 50 < len(places()) < 150
+    assert places() == places()
+
+
+def test_other_dice_take_others() -> None:
+    one, two = Faults(), Faults()
+    for faults in (one, two):
+        faults.misbehaves(Close(), share=0.5)
+    two.dice.seed(1)
+    assert [found(one) for _ in range(100)] != [found(two) for _ in range(100)]
 
 
 def test_first_rule_that_matches_decides() -> None:
@@ -93,3 +135,5 @@ def test_rule_that_could_never_match_is_refused() -> None:
         Faults().withholds("not hex")
     with pytest.raises(ValueError, match="1 or more"):
         Faults().withholds(ONE, times=0)
+    with pytest.raises(ValueError, match="above 0"):
+        Faults().misbehaves(Close(), share=0.0)

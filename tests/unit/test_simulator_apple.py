@@ -6,11 +6,13 @@ import pytest
 
 from heliograph import reasons
 from heliograph.model import DeviceToken, Environment, PushType, SigningKey
+from heliograph.protocols.certificate import particulars
 from heliograph.protocols.http2 import Field
-from heliograph.protocols.provider_token import MAX_AGE_S, mint
-from heliograph.simulator.apple import Apple, Received, Verdict, Visit, addressed_to
+from heliograph.protocols.provider_token import GRID_S, MAX_AGE_S, mint
+from heliograph.simulator.apple import LEAST_AGE_S, Apple, Received, Verdict, Visit, addressed_to
 from heliograph.simulator.faults import Answer
 from heliograph.simulator.server import new_signing_key
+from tests.certificates import push_certificate
 
 NOW = 1_700_000_000.0
 TOKEN = "ab" * 32
@@ -299,6 +301,47 @@ def test_provider_token_expires_on_a_connection_that_used_it_before(apple: Apple
 def test_provider_token_that_was_verified_elsewhere_expires_too(apple: Apple) -> None:
     ask(apple, request())
     assert ask(apple, request(), now=NOW + 2 * MAX_AGE_S).reason == "ExpiredProviderToken"
+
+
+def test_connection_on_which_a_provider_token_expired_takes_no_other(apple: Apple) -> None:
+    visit = Visit()
+    later = NOW + 2 * MAX_AGE_S
+    assert ask(apple, request(), visit=visit, now=later).reason == "ExpiredProviderToken"
+    assert ask(apple, request(bearer(KEY, later)), visit=visit, now=later).reason == "ExpiredProviderToken"
+    assert ask(apple, request(bearer(KEY, later)), now=later).status == 200
+
+
+def test_provider_token_that_changes_within_twenty_minutes_is_too_much_and_the_old_one_still_good(apple: Apple) -> None:
+    visit = Visit()
+    assert ask(apple, request(), visit=visit).status == 200
+    soon = NOW + GRID_S
+    new = request(bearer(KEY, soon))
+    verdict = ask(apple, new, visit=visit, now=NOW + LEAST_AGE_S - 1)
+    assert (verdict.status, verdict.reason) == (429, "TooManyProviderTokenUpdates")
+    assert ask(apple, request(), visit=visit, now=NOW + LEAST_AGE_S - 1).status == 200
+    assert ask(apple, new, visit=visit, now=soon).status == 200
+    assert ask(apple, request(), visit=visit, now=soon).reason == "TooManyProviderTokenUpdates"
+    assert ask(apple, request(), now=soon).status == 200
+
+
+def test_client_certificate_needs_no_provider_token_and_none_is_looked_at(apple: Apple) -> None:
+    visit = Visit(particulars(push_certificate(TOPIC).certificate))
+    assert ask(apple, request(without=["authorization"]), visit=visit).status == 200
+    assert ask(apple, request(("authorization", "bearer x")), visit=visit).status == 200
+
+
+def test_client_certificate_sends_to_the_topics_that_it_lists(apple: Apple) -> None:
+    visit = Visit(particulars(push_certificate(TOPIC, (f"{TOPIC}.voip", "voip")).certificate))
+    voip = (("apns-push-type", "voip"), ("apns-topic", f"{TOPIC}.voip"))
+    assert ask(apple, request(*voip), visit=visit).status == 200
+    assert ask(apple, request(("apns-topic", "com.example.other")), visit=visit).reason == "TopicDisallowed"
+    assert ask(apple, request(without=["apns-topic"]), visit=visit).reason == "MissingTopic"
+
+
+def test_client_certificate_of_one_topic_implies_it(apple: Apple) -> None:
+    visit = Visit(particulars(push_certificate(TOPIC).certificate))
+    assert ask(apple, request(without=["apns-topic"]), visit=visit).status == 200
+    assert apple.received[-1].topic == TOPIC
 
 
 def test_new_provider_token_of_the_same_key_is_taken_on_the_same_connection(apple: Apple) -> None:

@@ -1,10 +1,9 @@
-"""The HTTP API: JSON in, ids and receipts out. ASGI.
+"""The HTTP API: JSON in, ids and receipts out.
 
-The way of a request: `_Request.body` reads it within bounds, one typed decode turns it into structs, `_columns` turns
-these into the columns that `Relay.admit` takes. Nothing is made for each notification but its struct and its entries.
-Payloads that a caller brought stay the octets that they were.
-
-What is refused is told as problem+json (RFC 9457), `errors` beside it with one entry for each thing that is wrong.
+The way of a request: what cannot be taken now is refused before its body is read; `Exchange.read` reads it within
+bounds, one typed decode turns it into structs, `_columns` turns these into the columns that `Relay.admit` takes.
+Nothing is made for each notification but its struct and its entries. Payloads that a caller brought stay the octets
+that they were, but for alert text that it asks to have shortened.
 """
 
 from __future__ import annotations
@@ -17,60 +16,90 @@ from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator,
 from datetime import UTC, datetime
 from difflib import get_close_matches
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import parse_qs
 
 import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
-from starlette.responses import Response
-from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
 from heliograph import payload, reasons
+from heliograph.doors.exchange import Answer, ErrorItem, Exchange, Gone, Problem
 from heliograph.errors import Overloaded, Refused, StoreError
 from heliograph.model import MAX_BATCH, Batch, Environment, Headers, PushType, Receipt, State
+from heliograph.payload import CriticalSound, LiveActivity, Localized
 from heliograph.relay import Relay
 
+S = TypeVar("S", bound=Struct)
+T = TypeVar("T")
+
 PATH = "/v1/notifications"
+BURIED_PATH = "/v1/buried"
+REPLAY_PATH = "/v1/buried/replay"
 
 MAX_NOTIFICATIONS = 10_000
 """Notifications in one request, at most."""
-
-MAX_BODY_BYTES = 8 * 1024 * 1024
-"""Octets of a request's body, at most."""
 
 MAX_WAIT_S = 30.0
 """How long a caller may have its answer held back until the outcome is known."""
 
 _MAX_ERRORS = 100
 """Errors told in one answer; a caller that got everything wrong learns no more from the thousandth."""
-_STORE_RETRY_S = 5
+
+MAX_REQUESTS = 2000
+"""Requests in hand, at most."""
+
+MAX_HELD_BYTES = 32 * 1024 * 1024
+"""Octets of bodies in hand, at most, announced or read; several times `MAX_BODY_BYTES`, so one alone always fits."""
+
+MAX_PAGE = 1000
+"""Receipts in one answer, at most."""
+
+_RETRY_S = 5
+"""When to try again where the store is full or fails; where only too many came at once, `_BUSY_S`."""
+_BUSY_S = 1
 
 _PLACES = [f"{place:04x}" for place in range(1, MAX_BATCH + 1)]
 """The last four digits of the ids in a batch (see `model.Batch.id`)."""
+
+
+class _LiveActivity(LiveActivity, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the app decodes stays the octets that it is."""
+
+    content_state: dict[str, Raw] | None = None
+    attributes: dict[str, Raw] | None = None
 
 
 class _Fields(Struct, forbid_unknown_fields=True):
     """What a notification may say of itself. Null is the same as nothing."""
 
     payload: Raw | UnsetType = UNSET
-    title: str | None = None
-    subtitle: str | None = None
-    body: str | None = None
+    title: str | Localized | None = None
+    subtitle: str | Localized | None = None
+    body: str | Localized | None = None
     badge: int | None = None
-    sound: str | None = None
+    sound: str | CriticalSound | None = None
+    data: dict[str, Raw] | None = None
+    launch_image: str | None = None
+    action: str | None = None
     thread_id: str | None = None
     category: str | None = None
     content_available: bool | None = None
     mutable_content: bool | None = None
     interruption_level: str | None = None
     relevance_score: float | None = None
-    data: dict[str, Raw] | None = None
+    target_content_id: str | None = None
+    filter_criteria: str | None = None
+    url_args: list[str] | None = None
+    content_changed: bool | None = None
+    live_activity: _LiveActivity | None = None
+    shorten: bool | None = None
     topic: str | None = None
     push_type: PushType | None = None
     priority: int | None = None
     expiration: int | None = None
     collapse_id: str | None = None
+    collapse: bool | None = None
+    at_most_once: bool | None = None
 
 
 class _Item(_Fields):
@@ -90,19 +119,36 @@ class _Post(_Fields):
     wait: float | None = None
 
 
-_CONTENT = (
-    *("title", "subtitle", "body", "badge", "sound", "thread_id", "category"),
-    *("content_available", "mutable_content", "interruption_level", "relevance_score", "data"),
-)
-_HEADERS = ("topic", "push_type", "priority", "expiration", "collapse_id")
+_HEADERS = ("topic", "push_type", "priority", "expiration", "collapse_id", "collapse", "at_most_once")
+_CONTENT = tuple(name for name in _Fields.__struct_fields__ if name not in ("payload", *_HEADERS))
+"""What a payload is built of; last, whether it may be shortened."""
 _content = attrgetter(*_CONTENT)
 _headers = attrgetter(*_HEADERS)
 _NO_CONTENT = (None,) * len(_CONTENT)
-_NO_HEADERS = (None,) * len(_HEADERS)
+_COMMON = 6
+"""So many of `_CONTENT` are what most notifications are built of."""
+_RARE = (*_CONTENT[_COMMON:-1], "shortened")
+_NO_RARE = (None,) * len(_RARE)
+_NESTED: dict[str, type[Struct]] = {
+    **dict.fromkeys(("title", "subtitle", "body"), Localized),
+    "sound": CriticalSound,
+    "live_activity": LiveActivity,
+}
 
-_decode_post = msgspec.json.Decoder(_Post).decode
 _decode_item = msgspec.json.Decoder(_Item).decode
 _encode = msgspec.json.encode
+
+
+class _Replay(Struct, forbid_unknown_fields=True):
+    """The body of a POST to `REPLAY_PATH`."""
+
+    ids: list[str]
+
+
+_DECODE: dict[type[Struct], Callable[[bytes], Any]] = {
+    _Post: msgspec.json.Decoder(_Post).decode,
+    _Replay: msgspec.json.Decoder(_Replay).decode,
+}
 
 
 class _OnlyMembers(Struct):
@@ -118,39 +164,6 @@ class _Columns(Struct):
     headers: Sequence[Headers]
     tokens: Sequence[str]
     payloads: Sequence[bytes]
-
-
-class _ErrorItem(Struct, omit_defaults=True):
-    code: str
-    detail: str
-    index: int | None = None
-    field: str | None = None
-
-
-class _Problem(Exception):
-    """An answer that says what is wrong."""
-
-    def __init__(
-        self,
-        status: int,
-        code: str,
-        detail: str,
-        *,
-        errors: Sequence[_ErrorItem] = (),
-        headers: Sequence[tuple[bytes, bytes]] = (),
-    ) -> None:
-        super().__init__(detail)
-        self.status = status
-        self.code = code
-        self.detail = detail
-        self.errors = errors
-        self.headers = headers
-
-
-class _Answer(Struct):
-    status: int
-    body: bytes
-    headers: Sequence[tuple[bytes, bytes]] = ()
 
 
 class _ReceiptBody(Struct):
@@ -169,27 +182,40 @@ class _ReceiptBody(Struct):
     unique_id: str | None
 
 
-class _Gone(Exception):
-    """The caller hung up before its request was whole."""
-
-
-_Handler = Callable[[Scope, Receive], Awaitable[_Answer]]
+Handlers = Mapping[str, Callable[[Exchange], Awaitable[Answer]]]
+"""What answers at a path, by method."""
 
 
 class Api:
-    """The door. `routes` are for the ASGI app that it becomes a part of."""
+    """The door."""
 
-    def __init__(self, relay: Relay, apps: Collection[str], key: bytes) -> None:
-        """`apps` are the names of all apps; `key` is what callers must show as `Authorization: Bearer <key>`."""
+    def __init__(
+        self,
+        relay: Relay,
+        apps: Collection[str],
+        key: bytes,
+        beside: Callable[[str], Handlers | None] = lambda _: None,
+    ) -> None:
+        """`apps` are the names of all apps, and may change; `key` is what callers must show (RFC 6750).
+
+        `beside` finds what answers at other paths, for callers with the key; None where there is nothing.
+        """
         self._relay = relay
-        self._only_app = next(iter(apps)) if len(apps) == 1 else None
+        self._apps = apps
         self._key = key
         self._waits: set[asyncio.Timeout] = set()
         self._hurrying = False
-        self.routes = [
-            Route(PATH, _Endpoint({"POST": self._post}, self._key)),
-            Route(PATH + "/{id}", _Endpoint({"GET": self._get, "HEAD": self._get}, self._key)),
-        ]
+        self._requests = 0
+        """In hand now."""
+        self._held_bytes = 0
+        """Octets of their bodies, announced or read."""
+        self._beside = beside
+        self._paths: dict[str, Handlers] = {
+            PATH: {"POST": self._post},
+            BURIED_PATH: {"GET": self._buried, "HEAD": self._buried},
+            REPLAY_PATH: {"POST": self._replay},
+        }
+        self._receipt_path: Handlers = {"GET": self._get, "HEAD": self._get}
 
     def hurry(self) -> None:
         """Answer those who wait for an outcome with what is known: the server is stopping."""
@@ -199,27 +225,109 @@ class Api:
             if (wait.when() or now) > now:  # one that ran out already can no longer be moved
                 wait.reschedule(now)
 
-    async def _post(self, scope: Scope, receive: Receive) -> _Answer:
-        post = _parse(await _body(scope, receive))
-        wait_s = _wait_s(scope, post)
+    async def serve(self, exchange: Exchange) -> None:
+        """Answer one request, whatever it is. Raises what is our own fault, once that is told."""
+        try:
+            answer = await self._answer(exchange)
+        except Refused as refused:
+            answer = _refusal([refused], None, 1).answer()
+        except Problem as problem:
+            answer = problem.answer()
+        except Overloaded as error:
+            answer = Problem(429, "Overloaded", str(error), headers=_retry_after(error.retry_after_s)).answer()
+        except StoreError as error:
+            answer = Problem(503, "StoreUnavailable", str(error), headers=_retry_after(_RETRY_S)).answer()
+        except Gone:
+            return
+        except Exception:
+            text = "Something failed here; the server's log says what."
+            await exchange.answer(Problem(500, "InternalError", text).answer())
+            raise
+        await exchange.answer(answer)
+
+    async def _answer(self, exchange: Exchange) -> Answer:
+        handlers = self._paths.get(exchange.path) or self._find(exchange.path)
+        if handlers is None:
+            text = f"There is nothing at {exchange.path}. Notifications go to POST {PATH}."
+            raise Problem(404, "NotFound", text)
+        self._check_key(exchange)
+        handler = handlers.get(exchange.method)
+        if handler is None:
+            allowed = ", ".join(handlers)
+            headers = ((b"allow", allowed.encode()),)
+            raise Problem(405, "MethodNotAllowed", f"This path takes {allowed} only.", headers=headers)
+        if self._requests >= MAX_REQUESTS:
+            raise _busy(f"{MAX_REQUESTS} requests are in hand already")
+        self._requests += 1
+        try:
+            return await handler(exchange)
+        finally:
+            self._requests -= 1
+
+    def _find(self, path: str) -> Handlers | None:
+        start, _, name = path.rpartition("/")
+        return self._receipt_path if start == PATH and name else self._beside(path)
+
+    def _check_key(self, exchange: Exchange) -> None:
+        scheme, _, shown = exchange.headers.get(b"authorization", b"").partition(b" ")
+        if scheme.lower() != b"bearer" or not hmac.compare_digest(shown.strip(), self._key):
+            wrong = "is not the one of this server" if shown else "is missing"
+            raise Problem(
+                401,
+                "Unauthorized",
+                f"The API key {wrong}: send it as `Authorization: Bearer hg_...`. "
+                "The server keeps it in the file api-key of its data folder, unless told otherwise.",
+                headers=((b"www-authenticate", b"Bearer"),),
+            )
+
+    async def _post(self, exchange: Exchange) -> Answer:
+        if self._relay.room <= 0:
+            raise Overloaded("As many notifications are waiting as are kept: try again later.", retry_after_s=_RETRY_S)
+        batches, single, wait_s = await self._read(exchange, self._take)
+        if not single:
+            return Answer(202, _ids_body(batches))
+        notification_id = batches[0].id + _PLACES[0]
+        del batches  # it may be a long wait
+        receipt = await self._outcome(notification_id, wait_s) if wait_s else None
+        where = f"{PATH}/{notification_id}"
+        headers = ((b"location", where.encode()),)
+        if receipt is None:
+            return Answer(202, _encode({"id": notification_id, "receipt": where}), headers)
+        return Answer(202 if receipt.state in _NOT_FINAL else 200, _encode(_receipt_body(receipt)), headers)
+
+    async def _read(self, exchange: Exchange, use: Callable[[Exchange, bytes], Awaitable[T]]) -> T:
+        """What `use` makes of the body, which counts as held until then."""
+        held = 0
+
+        def hold(octets: int) -> None:
+            nonlocal held
+            if self._held_bytes - held + octets > MAX_HELD_BYTES:
+                raise _busy("The requests in hand are as long as memory allows")
+            self._held_bytes += octets - held
+            held = octets
+
+        try:
+            return await use(exchange, await exchange.read(hold))
+        finally:
+            self._held_bytes -= held
+
+    async def _take(self, exchange: Exchange, body: bytes) -> tuple[Sequence[Batch], bool, float]:
+        """The batches, durable; whether one notification was sent by itself, and how long its sender waits."""
+        post = _parse(body, _Post)
+        wait_s = _wait_s(exchange, post)
         columns = _columns(post)
-        app = self._only_app if post.app is None else post.app
-        if app is None:
-            raise Refused("MissingApp", "Say which app: there is more than one here, or none yet.", field="app")
+        app = self._only_app() if post.app is None else post.app
         relay = self._relay
         admitted = await relay.admit(app, post.environment, columns.headers, columns.tokens, columns.payloads)
         if admitted.refused:
             raise _refusal(admitted.refused, post, len(columns.tokens))
         await relay.enqueue(admitted.batches)
-        if post.token is None:
-            return _Answer(202, _ids_body(admitted.batches))
-        notification_id = admitted.batches[0].id + _PLACES[0]
-        receipt = await self._outcome(notification_id, wait_s) if wait_s else None
-        where = f"{PATH}/{notification_id}"
-        headers = ((b"location", where.encode()),)
-        if receipt is None:
-            return _Answer(202, _encode({"id": notification_id, "receipt": where}), headers)
-        return _Answer(202 if receipt.state is State.QUEUED else 200, _receipt_body(receipt), headers)
+        return admitted.batches, post.token is not None, wait_s
+
+    def _only_app(self) -> str:
+        if len(self._apps) != 1:
+            raise Refused("MissingApp", "Say which app: there is more than one here, or none yet.", field="app")
+        return next(iter(self._apps))
 
     async def _outcome(self, notification_id: str, wait_s: float) -> Receipt | None:
         """The receipt as it is after the wait. None where it cannot be read: what was taken is taken all the same."""
@@ -236,107 +344,58 @@ class Api:
         finally:
             self._waits.discard(wait)
 
-    async def _get(self, scope: Scope, receive: Receive) -> _Answer:  # noqa: ARG002 - a GET has no body
-        (receipt,) = await self._relay.receipts([scope["path_params"]["id"]])
+    async def _get(self, exchange: Exchange) -> Answer:
+        (receipt,) = await self._relay.receipts([exchange.path.rpartition("/")[2]])
         if receipt is None:
-            raise _Problem(404, "UnknownNotification", "No notification with this id was ever taken here.")
-        return _Answer(200, _receipt_body(receipt))
+            raise Problem(404, "UnknownNotification", "No notification with this id was ever taken here.")
+        return Answer(200, _encode(_receipt_body(receipt)))
 
-
-class _Endpoint:
-    """One path as an ASGI app: asks for the key, finds the handler, says what went wrong."""
-
-    def __init__(self, handlers: Mapping[str, _Handler], key: bytes) -> None:
-        self._handlers = handlers
-        self._key = key
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _buried(self, exchange: Exchange) -> Answer:
+        query = _query(exchange, ("app", "before", "limit"))
+        limit = query.get("limit", "100")
+        if not (len(limit) <= 4 and limit.isascii() and limit.isdecimal() and 1 <= int(limit) <= MAX_PAGE):
+            raise Refused("BadParameter", f"limit must be a whole number from 1 to {MAX_PAGE}.", field="limit")
+        count = int(limit)
         try:
-            answer = await self._answer(scope, receive)
-        except Refused as refused:
-            answer = _problem_answer(_refusal([refused], None, 1))
-        except _Problem as problem:
-            answer = _problem_answer(problem)
-        except Overloaded as error:
-            retry = ((b"retry-after", b"%d" % math.ceil(error.retry_after_s)),)
-            answer = _problem_answer(_Problem(429, "Overloaded", str(error), headers=retry))
-        except StoreError as error:
-            retry = ((b"retry-after", b"%d" % _STORE_RETRY_S),)
-            answer = _problem_answer(_Problem(503, "StoreUnavailable", str(error), headers=retry))
-        except _Gone:
-            return
-        await _send(send, answer)
+            found = await self._relay.buried(query.get("app"), query.get("before"), count + 1)
+        except ValueError:
+            text = "before must be the id of a notification, as the former page gave it in next."
+            raise Refused("BadParameter", text, field="before") from None
+        page = found[:count]
+        more = page[-1].id if len(found) > count else None
+        return Answer(200, _encode({"buried": list(map(_receipt_body, page)), "next": more}))
 
-    async def _answer(self, scope: Scope, receive: Receive) -> _Answer:
-        headers = dict(scope["headers"])
-        scheme, _, shown = headers.get(b"authorization", b"").partition(b" ")
-        if scheme.lower() != b"bearer" or not hmac.compare_digest(shown.strip(), self._key):
-            wrong = "is not the one of this server" if shown else "is missing"
-            raise _Problem(
-                401,
-                "Unauthorized",
-                f"The API key {wrong}: send it as `Authorization: Bearer hg_...`. "
-                "The server keeps it in the file api-key of its data folder, unless told otherwise.",
-                headers=((b"www-authenticate", b"Bearer"),),
-            )
-        handler = self._handlers.get(scope["method"])
-        if handler is None:
-            allowed = ", ".join(self._handlers)
-            raise _Problem(
-                405,
-                "MethodNotAllowed",
-                f"This path takes {allowed} only.",
-                headers=((b"allow", allowed.encode()),),
-            )
-        return await handler(scope, receive)
+    async def _replay(self, exchange: Exchange) -> Answer:
+        return await self._read(exchange, self._replay_those)
+
+    async def _replay_those(self, _: Exchange, body: bytes) -> Answer:
+        ids = _parse(body, _Replay).ids
+        _check_count("ids", len(ids))
+        return Answer(200, _encode({"replayed": list(await self._relay.replay(ids))}))
 
 
-def problem_response(status: int, code: str, detail: str, headers: Mapping[str, str] | None = None) -> Response:
-    """A problem of the app that this door is a part of, in the same form."""
-    answer = _problem_answer(_Problem(status, code, detail))
-    return Response(answer.body, status, {"content-type": "application/problem+json", **(headers or {})})
+_NOT_FINAL = (State.QUEUED, State.SENT)
+
+
+def _retry_after(seconds: float) -> tuple[tuple[bytes, bytes]]:
+    return ((b"retry-after", b"%d" % math.ceil(seconds)),)
+
+
+def _busy(why: str) -> Problem:
+    return Problem(503, "Busy", f"{why}: nothing was taken, try again soon.", headers=_retry_after(_BUSY_S))
 
 
 # -- the request -----------------------------------------------------------------------------------------------------
 
 
-async def _body(scope: Scope, receive: Receive) -> bytes:
-    headers = dict(scope["headers"])
-    if headers.get(b"content-encoding", b"identity").lower() != b"identity":
-        raise _Problem(415, "UnsupportedEncoding", "Send the body as it is, without Content-Encoding.")
-    announced = headers.get(b"content-length", b"")
-    if announced.isdigit() and int(announced[:20]) > MAX_BODY_BYTES:
-        raise _too_long()
-    chunks: list[bytes] = []
-    size = 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise _Gone
-        chunk = message.get("body", b"")
-        size += len(chunk)
-        if size > MAX_BODY_BYTES:
-            raise _too_long()
-        chunks.append(chunk)
-        if not message.get("more_body", False):
-            return b"".join(chunks)
-
-
-def _too_long() -> _Problem:
-    return _Problem(
-        413,
-        "RequestTooLarge",
-        f"The body is longer than {MAX_BODY_BYTES} octets: send the notifications in several requests.",
-    )
-
-
-def _parse(body: bytes) -> _Post:
+def _parse(body: bytes, kind: type[S]) -> S:
     try:
-        return _decode_post(body)
+        parsed: S = _DECODE[kind](body)
+        return parsed
     except msgspec.ValidationError as error:
-        raise _invalid(body, error) from None
+        raise _invalid(body, kind, error) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise _Problem(400, "InvalidJson", _json_complaint(body, error)) from None
+        raise Problem(400, "InvalidJson", _json_complaint(body, error)) from None
 
 
 def _json_complaint(body: bytes, error: Exception) -> str:
@@ -358,16 +417,25 @@ _has_lone_surrogate = re.compile(
 ).search
 
 
-def _wait_s(scope: Scope, post: _Post) -> float:
+def _query(exchange: Exchange, names: Sequence[str]) -> dict[str, str]:
+    """The query's parameters; of one that comes twice, the last."""
+    if not exchange.query:
+        return {}
+    parameters = parse_qs(exchange.query.decode("ascii", "replace"), keep_blank_values=True)
+    for name in parameters:
+        if name not in names:
+            text = f"The query may hold {', '.join(names)} only: there is {_shown(name)!r}."
+            raise Refused("UnknownParameter", text, field=_shown(name))
+    return {name: values[-1] for name, values in parameters.items()}
+
+
+def _wait_s(exchange: Exchange, post: _Post) -> float:
     """How long to hold the answer back; the query wins over the body."""
     wait_s = post.wait
-    for name, values in parse_qs(scope["query_string"].decode("ascii", "replace"), keep_blank_values=True).items():
-        if name != "wait":
-            raise Refused(
-                "UnknownParameter", "The query may hold wait only: the rest goes into the body.", field="wait"
-            )
+    asked = _query(exchange, ("wait",)).get("wait")
+    if asked is not None:
         try:
-            wait_s = float(values[-1])
+            wait_s = float(asked)
         except ValueError:
             wait_s = math.nan
     if wait_s is None or wait_s == 0:
@@ -380,7 +448,7 @@ def _wait_s(scope: Scope, post: _Post) -> float:
 
 
 def _columns(post: _Post) -> _Columns:
-    """The request as columns. Raises Refused and _Problem."""
+    """The request as columns. Raises Refused and Problem."""
     ways = [name for name in ("token", "tokens", "notifications") if getattr(post, name) is not None]
     if len(ways) != 1:
         text = "Send one of token, tokens (one payload for many) and notifications (a payload each)"
@@ -396,15 +464,19 @@ def _columns(post: _Post) -> _Columns:
         tokens = [post.token] if post.token is not None else post.tokens or []
     if not tokens:
         raise Refused(reasons.MISSING_DEVICE_TOKEN.word, f"{way} is empty: send one entry at least.", field=way)
-    if len(tokens) > MAX_NOTIFICATIONS:
-        raise _Problem(
-            413,
-            "TooManyNotifications",
-            f"{way} has {len(tokens)} entries and one request takes {MAX_NOTIFICATIONS}: send several requests.",
-        )
+    _check_count(way, len(tokens))
     if not items:
         return _Columns((_make_headers(_headers(post)),), tokens, (_make_payload(post),))
     return _Columns(_headers_column(items, post), tokens, _payloads_column(items, post))
+
+
+def _check_count(name: str, count: int) -> None:
+    if count > MAX_NOTIFICATIONS:
+        raise Problem(
+            413,
+            "TooManyNotifications",
+            f"{name} has {count} entries and one request takes {MAX_NOTIFICATIONS}: send several requests.",
+        )
 
 
 def _headers_column(items: Sequence[_Item], post: _Post) -> Sequence[Headers]:
@@ -416,7 +488,7 @@ def _headers_column(items: Sequence[_Item], post: _Post) -> Sequence[Headers]:
 
 def _payloads_column(items: Sequence[_Item], post: _Post) -> Sequence[bytes]:
     contents = list(map(_content, items))
-    if contents.count(_NO_CONTENT) == len(items):
+    if not post.shorten and contents.count(_NO_CONTENT) == len(items):
         whole = [bytes(each.payload) for each in items if each.payload is not UNSET]
         if len(whole) == len(items):
             return whole
@@ -428,13 +500,15 @@ def _payloads_column(items: Sequence[_Item], post: _Post) -> Sequence[bytes]:
     wrong: list[Refused] = []
     for index, (each, content) in enumerate(zip(items, contents, strict=True)):
         try:
-            if each.payload is UNSET and content == _NO_CONTENT:
-                if shared is None:
-                    shared = _make_payload(post)
+            if each.payload is not UNSET:
+                own = content if content[-1] is not None else (*content[:-1], post.shorten)
+            elif content == _NO_CONTENT:
+                shared = shared or _make_payload(post)
                 payloads.append(shared)
+                continue
             else:
-                content = content if each.payload is not UNSET else _merge(content, defaults)  # noqa: PLW2901
-                payloads.append(_make_content(each.payload, content, each.push_type or post.push_type))
+                own = _merge(content, defaults)
+            payloads.append(_make_content(each.payload, own, each.push_type or post.push_type))
         except Refused as refused:
             wrong.append(Refused(refused.reason, refused.detail, index=index, field=refused.field))
     if wrong:
@@ -443,12 +517,22 @@ def _payloads_column(items: Sequence[_Item], post: _Post) -> Sequence[bytes]:
 
 
 def _merge(own: tuple[Any, ...], defaults: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(default if mine is None else mine for mine, default in zip(own, defaults, strict=True))
+    if defaults == _NO_CONTENT:
+        return own
+    return tuple([default if mine is None else mine for mine, default in zip(own, defaults, strict=True)])
 
 
 def _make_headers(values: tuple[Any, ...]) -> Headers:
-    topic, push_type, priority, expiration, collapse_id = values
-    return Headers(topic or "", push_type or PushType.ALERT, priority, expiration, collapse_id)
+    topic, push_type, priority, expiration, collapse_id, collapse, at_most_once = values
+    return Headers(
+        topic or "",
+        push_type or PushType.ALERT,
+        priority,
+        expiration,
+        collapse_id,
+        collapse if collapse_id is None else None,
+        bool(at_most_once),
+    )
 
 
 def _make_payload(fields: _Fields) -> bytes:
@@ -457,16 +541,25 @@ def _make_payload(fields: _Fields) -> bytes:
 
 def _make_content(raw: Raw | UnsetType, content: tuple[Any, ...], push_type: PushType | None) -> bytes:
     """The caller's own payload, octet by octet, or one built of its fields. Raises Refused."""
-    given = {name: value for name, value in zip(_CONTENT, content, strict=True) if value is not None}
+    push_type = push_type or PushType.ALERT
+    shorten = content[-1]
+    nothing = content[:-1] == _NO_CONTENT[:-1]
     if raw is not UNSET:
-        if given:
+        if not nothing:
             text = "Send either a whole payload or fields to build it of, not both."
-            raise Refused("AmbiguousRequest", text, field=next(iter(given)))
-        return bytes(raw)
-    if not given:
+            first = next(name for name, value in zip(_CONTENT, content, strict=True) if value is not None)
+            raise Refused("AmbiguousRequest", text, field=first)
+        return payload.shorten(bytes(raw), payload.limit(push_type)) if shorten else bytes(raw)
+    if nothing:
         text = "There is nothing to send: add title or body, or a whole payload."
         raise Refused(reasons.PAYLOAD_EMPTY.word, text, field="payload")
-    return payload.build(**given, push_type=push_type or PushType.ALERT)
+    title, subtitle, body, badge, sound, data = content[:_COMMON]
+    rare: dict[str, Any] = {}
+    if content[_COMMON:] != _NO_RARE:
+        rare = dict(zip(_RARE, content[_COMMON:], strict=True))
+    return payload.build(
+        title=title, subtitle=subtitle, body=body, badge=badge, sound=sound, data=data, **rare, push_type=push_type
+    )
 
 
 # -- what is wrong with it -------------------------------------------------------------------------------------------
@@ -486,9 +579,9 @@ _JSON_NAMES = {
 }
 
 
-def _invalid(body: bytes, error: msgspec.ValidationError) -> _Problem:
+def _invalid(body: bytes, kind: type[Struct], error: msgspec.ValidationError) -> Problem:
     """What the typed decode disliked: with many notifications, of each of them."""
-    found = [_field_error(error)]
+    found = [_field_error(kind, error)]
     if found[0].index is not None and b'"notifications"' in body:
         try:
             members = _decode_members(body).notifications
@@ -498,55 +591,65 @@ def _invalid(body: bytes, error: msgspec.ValidationError) -> _Problem:
     return _many(found, None)
 
 
-def _member_errors(members: Sequence[Raw]) -> Iterator[_ErrorItem]:
+def _member_errors(members: Sequence[Raw]) -> Iterator[ErrorItem]:
     for index, raw in enumerate(members):
         try:
             _decode_item(raw)
         except msgspec.ValidationError as error:
-            yield _field_error(error, index)
+            yield _field_error(_Item, error, index)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            yield _ErrorItem("InvalidJson", _json_complaint(bytes(raw), error), index)
+            yield ErrorItem("InvalidJson", _json_complaint(bytes(raw), error), index)
 
 
-def _field_error(error: msgspec.ValidationError, index: int | None = None) -> _ErrorItem:
+def _field_error(kind: type[Struct], error: msgspec.ValidationError, index: int | None = None) -> ErrorItem:
     """The words of msgspec in ours; `index` where it was a member that was decoded, by itself."""
     match = _complaint(str(error))
     assert match is not None
     text, field = match[1], match[2] or ""
     place = _place(field)
     if place:
+        kind = _Item
         index = int(place[1])
         field = field[place.end() :] or ("token" if field.startswith("tokens") else "")
     unknown = _unknown_field(text)
     if unknown:
-        return _unknown(unknown[1], index)
+        return _unknown(unknown[1], kind, field, index)
     if "enum value" in text:
         of_push_type = field == "push_type"
         code = reasons.INVALID_PUSH_TYPE.word if of_push_type else "BadEnvironment"
         values: Iterable[str] = PushType if of_push_type else Environment
-        return _ErrorItem(code, f"{field} must be one of {', '.join(values)}.", index, field)
+        return ErrorItem(code, f"{field} must be one of {', '.join(values)}.", index, field)
     plain = _quoted.sub(lambda kinds: " or ".join(_JSON_NAMES.get(k, k) for k in kinds[1].split(" | ")), text)
     whole = "The body" if index is None else "The entry"
-    return _ErrorItem("BadType", f"{field or whole}: {plain[:1].lower()}{plain[1:]}.", index, field or None)
+    return ErrorItem("BadType", f"{field or whole}: {plain[:1].lower()}{plain[1:]}.", index, field or None)
 
 
-def _unknown(name: str, index: int | None) -> _ErrorItem:
-    shown = name if len(name) <= 64 else f"{name[:61]}..."
-    known = (_Post if index is None else _Item).__struct_fields__
-    if index is not None and name in _Post.__struct_fields__:
+def _unknown(name: str, kind: type[Struct], field: str, index: int | None) -> ErrorItem:
+    shown = _shown(name)
+    known = _NESTED.get(field, kind).__struct_fields__
+    close = get_close_matches(name.lower(), known, n=1)
+    if kind is _Item and not field and name in _Post.__struct_fields__:
         hint = "It stands at the top of the request, beside notifications."
+    elif close:
+        hint = f"Did you mean {close[0]}?"
+    elif field or kind is _Replay:
+        hint = f"There may be {', '.join(known)}."
     else:
-        close = get_close_matches(name.lower(), known, n=1)
-        hint = f"Did you mean {close[0]}?" if close else "The app's own keys go into data, or into a whole payload."
-    return _ErrorItem("UnknownField", f"There is no field {shown!r} here. {hint}", index, shown)
+        hint = "The app's own keys go into data, or into a whole payload."
+    path = f"{field}.{shown}" if field else shown
+    return ErrorItem("UnknownField", f"There is no field {path!r} here. {hint}", index, path)
 
 
-def _refusal(refused: Sequence[Refused], post: _Post | None, count: int) -> _Problem:
+def _shown(name: str) -> str:
+    return name if len(name) <= 64 else f"{name[:61]}..."
+
+
+def _refusal(refused: Sequence[Refused], post: _Post | None, count: int) -> Problem:
     """What admission refused. `index` is left out where the caller sent no list."""
     single = post is None or post.token is not None
     return _many(
         [
-            _ErrorItem(
+            ErrorItem(
                 each.reason,
                 each.detail,
                 # A column of one entry has no place, but the list that it stands for has.
@@ -559,41 +662,17 @@ def _refusal(refused: Sequence[Refused], post: _Post | None, count: int) -> _Pro
     )
 
 
-def _many(errors: Sequence[_ErrorItem], count: int | None) -> _Problem:
+def _many(errors: Sequence[ErrorItem], count: int | None) -> Problem:
     first = errors[0]
     detail = first.detail
     if len(errors) > 1:
         of = f" in {count} notifications" if count else ""
         listed = f" The first {_MAX_ERRORS} are listed." if len(errors) > _MAX_ERRORS else ""
         detail = f"{len(errors)} things are wrong{of}, so nothing was taken.{listed} The first: {detail}"
-    return _Problem(400, first.code, detail, errors=errors[:_MAX_ERRORS])
+    return Problem(400, first.code, detail, errors=errors[:_MAX_ERRORS])
 
 
 # -- answers ---------------------------------------------------------------------------------------------------------
-
-_word = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
-
-
-def _problem_answer(problem: _Problem) -> _Answer:
-    title = _word.sub(" ", problem.code).capitalize()
-    body = {
-        "type": f"/docs/errors#{_word.sub('-', problem.code).lower()}",
-        "title": title,
-        "status": problem.status,
-        "detail": problem.detail,
-        "code": problem.code,
-    }
-    if problem.errors:
-        body["errors"] = problem.errors
-    return _Answer(problem.status, _encode(body), ((b"content-type", b"application/problem+json"), *problem.headers))
-
-
-async def _send(send: Send, answer: _Answer) -> None:
-    headers = [(b"content-length", b"%d" % len(answer.body)), *answer.headers]
-    if not any(name == b"content-type" for name, _ in answer.headers):
-        headers.append((b"content-type", b"application/json"))
-    await send({"type": "http.response.start", "status": answer.status, "headers": headers})
-    await send({"type": "http.response.body", "body": answer.body})
 
 
 def _ids_body(batches: Sequence[Batch]) -> bytes:
@@ -603,26 +682,25 @@ def _ids_body(batches: Sequence[Batch]) -> bytes:
     return ('{"ids":["' + between.join(parts) + '"]}').encode()
 
 
-def _receipt_body(receipt: Receipt) -> bytes:
-    return _encode(
-        _ReceiptBody(
-            receipt.id,
-            receipt.app,
-            receipt.state.name.lower(),
-            receipt.reason,
-            200 if receipt.state is State.ACCEPTED else receipt.status,
-            _meaning(receipt),
-            _rfc3339(receipt.created_at),
-            None if receipt.updated_at is None else _rfc3339(receipt.updated_at),
-            receipt.attempts,
-            None if receipt.next_attempt_at is None else _rfc3339(receipt.next_attempt_at),
-            receipt.unique_id,
-        )
+def _receipt_body(receipt: Receipt) -> _ReceiptBody:
+    return _ReceiptBody(
+        receipt.id,
+        receipt.app,
+        receipt.state.name.lower(),
+        receipt.reason,
+        200 if receipt.state is State.ACCEPTED else receipt.status,
+        _meaning(receipt),
+        _rfc3339(receipt.created_at),
+        None if receipt.updated_at is None else _rfc3339(receipt.updated_at),
+        receipt.attempts,
+        None if receipt.next_attempt_at is None else _rfc3339(receipt.next_attempt_at),
+        receipt.unique_id,
     )
 
 
 _MEANINGS = {
     State.QUEUED: "It is waiting to be sent.",
+    State.SENT: "It is being sent, once only as asked for, and Apple has not answered yet.",
     State.ACCEPTED: "Apple took it. Whether it reached the device, nobody is told.",
     State.REJECTED: "Apple said no for good.",
     State.EXPIRED: "Its expiration passed before Apple took it, so it is not sent any more.",

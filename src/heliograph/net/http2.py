@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import ssl
 from collections.abc import Callable, Sequence
 from typing import Generic, Protocol, TypeVar, cast
@@ -53,6 +54,8 @@ class Link(asyncio.Protocol, Generic[Core]):
         self._last_words: asyncio.TimerHandle | None = None
         self.writable = True
         """Whether less than `UNSENT_OCTETS` wait for the peer to read."""
+        self.error: Exception | None = None
+        """What broke the socket, where anything did: a peer's TLS alert, for one."""
         self.closed: asyncio.Future[None] = self._loop.create_future()
         """Done when the socket is gone and the session knows."""
 
@@ -119,7 +122,8 @@ class Link(asyncio.Protocol, Generic[Core]):
         self.session.on_writable()
         self._write()
 
-    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - why a socket died tells callers nothing
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.error = exc
         for timer in (self._timer, self._last_words):
             if timer is not None:
                 timer.cancel()
@@ -221,19 +225,23 @@ async def connect(
     tls: ssl.SSLContext | None,
     new_core: Callable[[float], ClientConnection] = ClientConnection,
     server_hostname: str | None = None,
+    connected: socket.socket | None = None,
 ) -> Link[ClientConnection]:
     """Connect and begin. The server's first SETTINGS come as an event.
 
-    Raises OSError (ssl.SSLError among them), also where the server does not choose HTTP/2 by ALPN.
+    `connected`: a socket that leads there already. Raises OSError (ssl.SSLError among them), also where the server
+    does not choose HTTP/2 by ALPN.
     """
     loop = asyncio.get_running_loop()
-    transport, link = await loop.create_connection(
-        lambda: Link(new_session, new_core),
-        host,
-        port,
-        ssl=tls,
-        server_hostname=(server_hostname or host) if tls is not None else None,
-    )
+    name = (server_hostname or host) if tls is not None else None
+
+    def new_link() -> Link[ClientConnection]:
+        return Link(new_session, new_core)
+
+    if connected is None:
+        transport, link = await loop.create_connection(new_link, host, port, ssl=tls, server_hostname=name)
+    else:
+        transport, link = await loop.create_connection(new_link, sock=connected, ssl=tls, server_hostname=name)
     if tls is not None:
         chosen = transport.get_extra_info("ssl_object").selected_alpn_protocol()
         if chosen != "h2":

@@ -8,9 +8,10 @@ The order of the checks. Apple publishes none; whatever is wrong first is answer
 1. Method. Seen from outside: a HEAD with useless credentials draws 405 (appleboy/gorush, issue 568).
 2. Path: BadPath, then MissingDeviceToken. From here on the order is our choice.
 3. DuplicateHeaders, for `authorization` and `apns-*`.
-4. The provider token: missing, invalid, expired, of another key than the connection's first.
+4. The provider token: missing, invalid, expired, of another key than the connection's first, renewed within 20
+   minutes. After an expired one a connection takes no other. With a client certificate none of this is looked at.
 5. Fields: `apns-id`, `apns-expiration`, `apns-collapse-id`, `apns-priority`, `apns-push-type`.
-6. The topic: missing, malformed or with a suffix that the push type does not have, of another team.
+6. The topic: missing, malformed or with a suffix that the push type does not have, of another team or certificate.
 7. The payload: empty, too large. What it says is not judged.
 8. The device token: malformed or of the other environment, of another topic, unregistered.
 
@@ -23,6 +24,7 @@ import re
 from binascii import unhexlify
 from collections import deque
 from collections.abc import Sequence
+from math import inf
 from uuid import uuid4
 
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
@@ -32,6 +34,7 @@ from heliograph import reasons
 from heliograph.errors import Refused
 from heliograph.model import DeviceToken, Environment, PushType, SigningKey
 from heliograph.protocols import apns
+from heliograph.protocols.certificate import Particulars
 from heliograph.protocols.http2 import Field
 from heliograph.protocols.provider_token import MAX_AGE_S, Claims, public_key, verify
 from heliograph.reasons import Reason
@@ -45,6 +48,8 @@ MAX_VOIP_PAYLOAD_BYTES = 5120
 
 _VARYING = frozenset((b":path", b"apns-id", b"apns-expiration", b"apns-collapse-id", b"content-length"))
 """Fields that may differ from request to request; what a client says in all others is judged once a connection."""
+LEAST_AGE_S = 20 * 60
+"""How long a connection has to keep a provider token."""
 _REMEMBERED = 64
 """Sets of the other fields that a connection is remembered for, and provider tokens that were verified."""
 _MAX_EXPIRATION = 2**32 - 1
@@ -86,11 +91,19 @@ class Verdict(Struct, frozen=True, gc=False):
 class Visit:
     """What Apple remembers of one connection."""
 
-    __slots__ = ("epoch", "key_id", "memo")
+    __slots__ = ("authorization", "authorized_at", "certificate", "epoch", "expired", "key_id", "memo")
 
-    def __init__(self) -> None:
+    def __init__(self, certificate: Particulars | None = None) -> None:
+        self.certificate = certificate
+        """What the client showed in the TLS handshake."""
         self.key_id: str | None = None
         """The key of the first good provider token; None while there was none."""
+        self.authorization = b""
+        """The provider token in use, with its scheme."""
+        self.authorized_at = 0.0
+        """Since when, in UNIX seconds."""
+        self.expired = False
+        """One of its provider tokens was."""
         self.memo: dict[tuple[Field, ...], _Common] = {}
         self.epoch = 0
 
@@ -109,6 +122,7 @@ class _Common(Struct, frozen=True):
 
     method: Reason | None
     duplicate: bool
+    authorization: bytes
     provider_token: Reason | None
     good_until: float
     """UNIX seconds at which the provider token expires."""
@@ -214,8 +228,10 @@ class Apple(Faults):
             no = reasons.DUPLICATE_HEADERS
         elif common.provider_token is not None:
             no = common.provider_token
-        elif now > common.good_until:
+        elif now > common.good_until or visit.expired:
             no = reasons.EXPIRED_PROVIDER_TOKEN
+        elif common.authorization != visit.authorization and not _change(visit, common.authorization, now):
+            no = reasons.TOO_MANY_PROVIDER_TOKEN_UPDATES
         elif known_id is not apns_id and apns_id is not None:
             no = reasons.BAD_MESSAGE_ID
         elif expiration is not None and not _is_expiration(expiration):
@@ -251,6 +267,8 @@ class Apple(Faults):
             if self.environment is Environment.DEVELOPMENT:
                 return Verdict(200, known_id, unique_id=self._new_id())
             return Verdict(200, known_id)
+        if no is reasons.EXPIRED_PROVIDER_TOKEN:
+            visit.expired = True
         return Verdict(no.status, known_id, no.word)
 
     def _new_id(self) -> bytes:
@@ -267,10 +285,16 @@ class Apple(Faults):
         push_type, topic = values.get(b"apns-push-type"), values.get(b"apns-topic", b"")
         kind = _implied(topic) if push_type is None else _PUSH_TYPES.get(push_type)
         priority = values.get(b"apns-priority")
+        authorization = values.get(b"authorization", b"")
+        certificate = visit.certificate
         refusal, claims = None, None
-        if not duplicate:
+        if certificate is not None:
+            authorization = b""
+            if not topic and len(certificate.topics) == 1:
+                topic = certificate.topics[0].encode()
+        elif not duplicate:
             try:
-                claims = self._authenticate(visit, values.get(b"authorization", b""), now)
+                claims = self._authenticate(visit, authorization, now)
             except Refused as no:
                 refusal = reasons.find(no.reason)
         if priority is not None and (priority not in _PRIORITIES or (kind is PushType.BACKGROUND and priority != b"5")):
@@ -281,6 +305,8 @@ class Apple(Faults):
             late = reasons.MISSING_TOPIC
         elif not _topic(topic):
             late = reasons.BAD_TOPIC
+        elif certificate is not None:
+            late = None if topic.decode() in certificate.topics else reasons.TOPIC_DISALLOWED
         elif claims is not None:
             late = self._judge_topic(topic.decode(), kind, claims.team_id)
         else:
@@ -288,8 +314,9 @@ class Apple(Faults):
         common = _Common(
             None if values.get(b":method") == b"POST" else reasons.METHOD_NOT_ALLOWED,
             duplicate,
+            authorization,
             refusal,
-            0.0 if claims is None else claims.issued_at + MAX_AGE_S,
+            inf if claims is None else claims.issued_at + MAX_AGE_S,
             late,
             topic.decode("utf-8", "replace"),
             topic,
@@ -297,7 +324,7 @@ class Apple(Faults):
             MAX_VOIP_PAYLOAD_BYTES if kind is PushType.VOIP else MAX_PAYLOAD_BYTES,
         )
         # A refusal may be right now and wrong later (a token from the future), so it is not remembered.
-        if claims is not None:
+        if claims is not None or certificate is not None:
             if len(visit.memo) >= _REMEMBERED:
                 visit.memo.clear()
             visit.memo[shared] = common
@@ -346,6 +373,15 @@ def addressed_to(fields: Sequence[Field]) -> tuple[bytes, bytes]:
         elif name == b"apns-topic":
             topic = value
     return path[len(apns.PATH_PREFIX) :].lower() if path.startswith(apns.PATH_PREFIX) else b"", topic
+
+
+def _change(visit: Visit, authorization: bytes, now: float) -> bool:
+    """Whether the connection may use another provider token than before; from now on it does."""
+    if visit.authorization and now < visit.authorized_at + LEAST_AGE_S:
+        return False
+    visit.authorization = authorization
+    visit.authorized_at = now
+    return True
 
 
 def _implied(topic: bytes) -> PushType:

@@ -7,8 +7,8 @@
         assert apple.received[-1].payload == payload
 
 A connection may open one stream at a time until a good provider token came, then a thousand (Apple, "Sending
-notification requests to APNs"). All requests that one read brings are judged together and answered in one write;
-delayed answers share one timer a connection.
+notification requests to APNs"); with a client certificate a thousand at once. All requests that one read brings are
+judged together and answered in one write; delayed answers share one timer a connection.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import ssl
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
@@ -25,17 +26,20 @@ from types import TracebackType
 from typing import Self
 
 import msgspec
+from cryptography.x509 import load_der_x509_certificate
 from msgspec import Struct
 
+from heliograph import reasons
 from heliograph.errors import ConfigError
 from heliograph.model import Environment, SigningKey
 from heliograph.net.http2 import Link, Listener, listen
 from heliograph.net.tls import Identity, good_until, server_context, throwaway_identity
 from heliograph.protocols import apns, http2
+from heliograph.protocols.certificate import Particulars, particulars
 from heliograph.protocols.http2 import Cancelled, Event, Field, Limits, Request, ServerConnection
 from heliograph.protocols.provider_token import parse_signing_key
 from heliograph.simulator.apple import KEEP, Apple, Verdict, Visit, addressed_to
-from heliograph.simulator.faults import Answer, Close, Delay, GoAway, Immediate, Reset, Withhold
+from heliograph.simulator.faults import Answer, Close, Cut, Delay, GoAway, Immediate, Reset, StreamLimit, Withhold
 
 KEY_ID = "HELIOGRAPH"
 TEAM_ID = "SIMULATION"
@@ -68,7 +72,10 @@ class Judged(Struct, frozen=True, omit_defaults=True):
     """None where the request was not judged."""
     reason: str | None = None
     fault: str | None = None
-    """`withheld`: judged, not answered. `reset`, `closed`: not judged."""
+    """`withheld`, `cut`: judged, not answered. `closed`: not judged. `reset`: judged or not, as `status` says."""
+    code: int | None = None
+    """Of the reset."""
+    topic: str = ""
 
 
 class _Journal:
@@ -105,11 +112,13 @@ class Simulator(Apple):
         streams: int = STREAMS,
         keep: int = KEEP,
         journal: Path | None = None,
+        client_authorities: bytes | None = None,
     ) -> None:
         """Port 0 is any free one. `identity` and `signing_key` are made where they are not given.
 
         `first_streams`: what a connection may open at once before it brought a good provider token; `streams`: after.
         `journal`: a file that gets a JSON line (`Judged`) for each request, before it is answered.
+        `client_authorities`: PEM. A client may show a certificate of theirs in place of provider tokens, and no other.
 
         Raises ConfigError where key, identity, port or journal cannot be used: here, or from `async with`.
         """
@@ -125,6 +134,7 @@ class Simulator(Apple):
         self.streams = streams
         self.connections = 0
         """How many there have been."""
+        self._client_authorities = client_authorities
         self._journal_path = journal
         self._journal: _Journal | None = None
         self._listener: Listener | None = None
@@ -140,6 +150,12 @@ class Simulator(Apple):
 
     async def __aenter__(self) -> Self:
         tls = server_context(self.identity.certificate_pem, self.identity.key_pem)
+        if self._client_authorities is not None:
+            try:
+                tls.load_verify_locations(cadata=self._client_authorities.decode("ascii"))
+            except (ssl.SSLError, ValueError):
+                raise ConfigError("The authorities of clients are not PEM: give certificates as text") from None
+            tls.verify_mode = ssl.CERT_OPTIONAL
         if self._journal_path is not None:
             self._journal = _Journal(self._journal_path)
         try:
@@ -186,6 +202,10 @@ class _Session:
         self._visit = Visit()
         self._raised = apple.first_streams == apple.streams
         """The client may open all streams."""
+        self._allowed = apple.first_streams
+        """The stream limit that the client was told last."""
+        self._acted = 0
+        """The highest stream that was acted on."""
         self._last_served: int | None = None
         """After a GOAWAY that named one: the last stream that is acted on."""
         self._leaving = False
@@ -197,6 +217,21 @@ class _Session:
         self._cancelled: set[int] = set()
         """Streams that were cancelled while requests were waiting."""
         self._timer: asyncio.TimerHandle | None = None
+        certificate = link.peer_certificate
+        if certificate is not None:
+            self._receive(particulars(load_der_x509_certificate(certificate)))
+
+    def _receive(self, shown: Particulars) -> None:
+        """The client showed a certificate: there is no need to wait for a provider token, and none is looked at."""
+        if self._apple.environment not in shown.environments:
+            no = reasons.BAD_CERTIFICATE_ENVIRONMENT if shown.environments else reasons.BAD_CERTIFICATE
+            self._core.goaway(0, apns.answer_body(no.word), 0)
+            self._leaving = True
+            self._last_served = 0
+            return
+        self._visit.certificate = shown
+        self._raised = True
+        self._allow(self._apple.streams)
 
     # -- the link calls these ------------------------------------------------------------------------------------
 
@@ -214,7 +249,11 @@ class _Session:
                 if not special:
                     answers.append(_answer(event.stream_id, judge(visit, event.fields, event.body, now)))
                     continue
-                action = apple.find_fault(*addressed_to(event.fields))
+                action = apple.find_fault(*addressed_to(event.fields), self._number, event.stream_id, now)
+                if isinstance(action, StreamLimit):
+                    self._raised = True
+                    self._allow(action.count)
+                    action = action.then
                 if isinstance(action, Delay):
                     delayed.setdefault(action, []).append(event)
                 else:
@@ -223,6 +262,8 @@ class _Session:
                 self._cancelled.add(event.stream_id)
         for delay, requests in delayed.items():
             self._wait(delay, requests)
+        if answers:
+            self._acted = max(self._acted, answers[-1].stream_id)
         self._answer(answers, lines)
 
     def on_writable(self) -> None:
@@ -242,33 +283,44 @@ class _Session:
         """Do with a request what `action` says, now; adds to `answers` and `lines`."""
         stream_id = request.stream_id
         if isinstance(action, GoAway):
-            debug = b"" if action.reason is None else apns.answer_body(action.reason)
-            self._core.goaway(action.code, debug, action.last_stream_id)
-            self._leaving = True
-            if action.last_stream_id is not None:
-                self._last_served = action.last_stream_id
+            self._say_goodbye(action, stream_id)
         if self._last_served is not None and stream_id > self._last_served:
             return
         verdict: Verdict | None = None
-        fault: str | None = None
-        if isinstance(action, Reset):
-            self._core.reset((stream_id,), action.code)
-            fault = "reset"
-        elif isinstance(action, Close):
-            fault = "closed"
-        else:
+        fault = _FAULTS.get(type(action))
+        if not (isinstance(action, Close) or (isinstance(action, Reset) and not action.acted)):
             instead = action if isinstance(action, Answer) else None
             verdict = self._apple.judge(self._visit, request.fields, request.body, now, instead)
-            if isinstance(action, Withhold):
-                fault = "withheld"
-            else:
-                answers.append(_answer(stream_id, verdict))
+            self._acted = max(self._acted, stream_id)
         if self._journal is not None:
-            lines.append(_line(now, self._number, request, verdict, fault))
-        if isinstance(action, Close):
+            code = action.code if isinstance(action, Reset) else None
+            lines.append(_line(now, self._number, request, verdict, fault, code))
+        if fault is None:
+            assert verdict is not None
+            answers.append(_answer(stream_id, verdict))
+        elif isinstance(action, Reset):
+            self._core.reset((stream_id,), action.code)
+        elif isinstance(action, Close | Cut):
             self._answer(answers, lines)
             self._closed = True
-            self._link.close()
+            if isinstance(action, Close):
+                self._link.close()
+            else:
+                self._link.abort()
+
+    def _say_goodbye(self, action: GoAway, stream_id: int) -> None:
+        last = action.last_stream_id
+        if action.newest:
+            last = max(self._acted, stream_id - 2 * action.newest)
+        self._core.goaway(action.code, b"" if action.reason is None else apns.answer_body(action.reason), last)
+        self._leaving = True
+        if last is not None:
+            self._last_served = last if self._last_served is None else min(last, self._last_served)
+
+    def _allow(self, streams: int) -> None:
+        if streams != self._allowed and not self._core.over:
+            self._allowed = streams
+            self._core.set_max_streams(streams)
 
     def _answer(self, answers: list[http2.Answer], lines: list[Judged]) -> None:
         if self._closed:
@@ -278,7 +330,7 @@ class _Session:
         self._core.respond(answers)
         if not self._raised and self._visit.key_id is not None and not self._core.over:
             self._raised = True
-            self._core.set_max_streams(self._apple.streams)
+            self._allow(self._apple.streams)
         if self._leaving and not self._core.open_streams:
             self._closed = True
             self._link.close()
@@ -319,6 +371,10 @@ class _Session:
             self._cancelled.clear()
 
 
+_FAULTS: dict[type, str] = {Withhold: "withheld", Reset: "reset", Close: "closed", Cut: "cut"}
+"""What the journal calls those that leave a request without an answer."""
+
+
 def _answer(stream_id: int, verdict: Verdict) -> http2.Answer:
     if verdict.reason is None and verdict.unique_id is None:
         return http2.Answer(stream_id, verdict.status, ((b"apns-id", verdict.apns_id),))
@@ -333,21 +389,26 @@ def _answer(stream_id: int, verdict: Verdict) -> http2.Answer:
     return http2.Answer(stream_id, verdict.status, tuple(fields), apns.answer_body(verdict.reason, verdict.since))
 
 
-def _line(now: float, connection: int, request: Request, verdict: Verdict | None, fault: str | None) -> Judged:
+def _line(
+    now: float, connection: int, request: Request, verdict: Verdict | None, fault: str | None, code: int | None
+) -> Judged:
     fields = dict(request.fields)
+    token, topic = addressed_to(request.fields)
     apns_id = fields.get(b"apns-id") if verdict is None else verdict.apns_id
     collapse_id = fields.get(b"apns-collapse-id")
     return Judged(
         now,
         connection,
         request.stream_id,
-        addressed_to(request.fields)[0].decode("ascii", "replace"),
+        token.decode("ascii", "replace"),
         hashlib.sha256(request.body).hexdigest(),
         None if apns_id is None else apns_id.decode("ascii", "replace"),
         None if collapse_id is None else collapse_id.decode("utf-8", "replace"),
         None if verdict is None else verdict.status,
         None if verdict is None else verdict.reason,
         fault,
+        code,
+        topic.decode("utf-8", "replace"),
     )
 
 

@@ -1,0 +1,304 @@
+"""What an app is made of: from settings to the contents of files, and from these to credentials and routes."""
+
+from __future__ import annotations
+
+import contextlib
+import ssl
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from heliograph import credentials
+from heliograph.carriers.apns import Endpoint, Route
+from heliograph.config import (
+    AppContent,
+    AppSettings,
+    CredentialContent,
+    CredentialSettings,
+    Environments,
+    check_proxy,
+    is_reference,
+    read_secret,
+    secret_path,
+)
+from heliograph.errors import ConfigError
+from heliograph.model import Access, App, ClientCertificate, Credentials, Environment, PushType, SigningKey
+from heliograph.net.proxy import parse_proxy
+from heliograph.net.tls import client_context
+from heliograph.protocols import certificate
+from heliograph.protocols.apns import topic_for
+from heliograph.protocols.provider_token import key_id_from_filename, parse_signing_key
+
+APPLE = {
+    Environment.PRODUCTION: "api.push.apple.com",
+    Environment.DEVELOPMENT: "api.sandbox.push.apple.com",
+}
+
+_SUFFIXES = tuple(filter(None, (topic_for("", push_type) for push_type in PushType)))
+_CREDENTIAL_FILES = ("key", "certificate", "certificate_key", "passphrase")
+
+
+class Instead(Struct, frozen=True):
+    """Where everything goes that was meant for Apple: a simulator in this process."""
+
+    host: str
+    port: int
+    ca: bytes
+    key: SigningKey
+    """In place of certificates, which it does not ask for."""
+    learn: Callable[[App], None]
+    """Is told of each app that is new or has changed."""
+
+
+class Entry(Struct, frozen=True):
+    """An app, and the ways to Apple of its credentials."""
+
+    app: App
+    content: AppContent
+    routes: Mapping[tuple[Environment, Credentials], Route]
+    stored: bool
+    """It came by the API, and not from the configuration."""
+
+
+class Contexts:
+    """TLS contexts, one for the same authority and certificate: what differs in nothing else shares connections."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[bytes | None, ClientCertificate | None], ssl.SSLContext] = {}
+
+    def find(self, ca: bytes | None, shown: ClientCertificate | None) -> ssl.SSLContext:
+        """Raises ConfigError."""
+        made = self._made.get((ca, shown))
+        if made is None:
+            made = self._made[ca, shown] = client_context(ca, shown)
+        return made
+
+    def keep(self, used: Iterable[ssl.SSLContext]) -> None:
+        """Forget all others."""
+        kept = {id(each) for each in used}
+        self._made = {key: made for key, made in self._made.items() if id(made) in kept}
+
+
+def kind_and_name(found: Credentials) -> tuple[str, str]:
+    """What credentials are, and how people know them: a key's id, a certificate's common name."""
+    return ("signing key", found.key_id) if isinstance(found, SigningKey) else ("certificate", found.name)
+
+
+def show_entry(entry: Entry, now: float) -> dict[str, Any]:
+    """An app as JSON, without secrets. Times are RFC 3339, in UTC."""
+    content = entry.content
+    return {
+        "name": entry.app.name,
+        "source": "api" if entry.stored else "configuration",
+        "topics": entry.app.topics,
+        "environments": entry.app.environments,
+        "host": content.host,
+        "port": content.port,
+        "proxy": None if content.proxy is None else _without_password(content.proxy),
+        "credentials": [_show_access(access, now) for access in entry.app.access],
+    }
+
+
+def _show_access(access: Access, now: float) -> dict[str, Any]:
+    found = access.credentials
+    kind, name = kind_and_name(found)
+    common = {"kind": kind, "name": name, "environments": access.environments, "topics": access.topics}
+    if isinstance(found, SigningKey):
+        return {**common, "team_id": found.team_id, "ends_at": None, "days_left": None}
+    return {
+        **common,
+        "fingerprint": found.fingerprint,
+        "ends_at": datetime.fromtimestamp(found.not_after, UTC).isoformat().replace("+00:00", "Z"),
+        "days_left": credentials.days_left(found, now),
+    }
+
+
+# -- from files to contents ------------------------------------------------------------------------------------------
+
+
+def read_content(name: str, settings: AppSettings) -> AppContent:
+    """What an app of the configuration is made of, read from its files. Raises ConfigError."""
+    where = f"apps.{name}"
+    tables = [
+        _read_credentials(f"{where}.credentials[{number}]" if settings.credentials else where, each)
+        for number, each in enumerate(settings.each_credentials(), 1)
+    ]
+    proxy = settings.proxy
+    if proxy is not None and is_reference(proxy):
+        proxy = read_secret(proxy, f"{where}.proxy").decode("utf-8", "replace").strip()
+        try:
+            check_proxy(proxy, secret=True)
+        except ValueError as error:
+            raise ConfigError(f"{where} {error}") from None
+    return AppContent(
+        topics=settings.bundle_ids,
+        credentials=tuple(tables),
+        host=settings.host,
+        port=settings.port,
+        ca=None if settings.ca is None else _read_ca(f"{where}.ca", Path(settings.ca)),
+        proxy=proxy,
+    )
+
+
+def _read_credentials(where: str, given: CredentialSettings) -> CredentialContent:
+    references = {name: getattr(given, name) for name in _CREDENTIAL_FILES}
+    contents = {
+        name: read_secret(reference, f"{where}.{name}")
+        for name, reference in references.items()
+        if reference is not None
+    }
+    if "passphrase" in contents:
+        contents["passphrase"] = contents["passphrase"].rstrip(b"\r\n")
+    main = "key" if given.key is not None else "certificate"
+    path = secret_path(references[main], f"{where}.{main}")
+    key_id = given.key_id
+    if given.key is not None and key_id is None:
+        key_id = key_id_from_filename(path.name)
+        if key_id is None:
+            raise ConfigError(
+                f"{where}.key_id is missing, and the file's name {path.name} does not say it as AuthKey_<key id>.p8 "
+                "would: add key_id"
+            )
+    return CredentialContent(
+        **contents, key_id=key_id, team_id=given.team_id, environment=given.environment, file=str(path)
+    )
+
+
+def _read_ca(where: str, path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{where}: {path} cannot be read ({error.strerror}): correct path or mode") from None
+
+
+def files_of(settings: AppSettings) -> Iterator[Path]:
+    """All files that an app is made of, as far as they can be named."""
+    references = [getattr(each, name) for each in settings.each_credentials() for name in _CREDENTIAL_FILES]
+    references += [settings.proxy] if settings.proxy and is_reference(settings.proxy) else []
+    for reference in references:
+        if reference is not None:
+            with contextlib.suppress(ConfigError):
+                yield secret_path(reference, "")
+    if settings.ca is not None:
+        yield Path(settings.ca)
+
+
+# -- from contents to an app -----------------------------------------------------------------------------------------
+
+
+def build(
+    name: str, content: AppContent, where: str, contexts: Contexts, *, stored: bool, instead: Instead | None = None
+) -> Entry:
+    """Raises ConfigError; `where` is for its text, empty where there is one app only that could be meant."""
+    prefix = f"{where}: " if where else ""
+    access: list[Access] = []
+    normal: list[CredentialContent] = []
+    for number, given in enumerate(content.credentials, 1):
+        table = f", credentials table {number}" if len(content.credentials) > 1 else ""
+        place = f"{where}{table}" + (f" ({given.file})" if given.file else "")
+        try:
+            opened, settled = _open(given, content.topics)
+        except ConfigError as error:
+            raise ConfigError(f"{place}: {error}" if place else str(error)) from None
+        access.append(opened)
+        normal.append(settled)
+    topics = content.topics or tuple(
+        dict.fromkeys(topic for each in access for topic in bundle_ids(each.topics or ())),
+    )
+    for topic in topics:
+        if not any(each.topics is None or topic in bundle_ids(each.topics) for each in access):
+            raise ConfigError(
+                f"{prefix}nothing that is given opens the topic {topic}: add its credentials, or leave it out"
+            )
+    for number, each in enumerate(access):
+        if all(any(_covers(other, each, one) for other in access[:number]) for one in each.environments):
+            kind, called = kind_and_name(each.credentials)
+            raise ConfigError(
+                f"{prefix}the {kind} {called} is never used, as what stands before it opens the same: put it first, or "
+                "leave it out"
+            )
+    if content.proxy is not None:
+        try:
+            parse_proxy(content.proxy)
+        except ConfigError as error:
+            raise ConfigError(f"{prefix}{error}") from None
+    content = replace(content, credentials=tuple(normal))
+    try:
+        routes = {
+            (environment, each.credentials): _route(content, environment, each.credentials, contexts, instead)
+            for each in access
+            for environment in each.environments
+        }
+    except ConfigError as error:
+        raise ConfigError(f"{prefix}{error}") from None
+    return Entry(App(name, topics, tuple(access)), content, routes, stored)
+
+
+def bundle_ids(topics: Iterable[str]) -> tuple[str, ...]:
+    """The topics of a certificate without the suffixes of push types."""
+    listed = list(topics)
+    found: dict[str, None] = {}
+    for topic in listed:
+        suffix = next((each for each in _SUFFIXES if topic.endswith(each)), "")
+        # A bundle id may end like a suffix itself; then it stands there with more of them.
+        own = any(topic + each in listed for each in _SUFFIXES)
+        found[topic if own else topic.removesuffix(suffix)] = None
+    return tuple(found)
+
+
+def _open(given: CredentialContent, topics: tuple[str, ...]) -> tuple[Access, CredentialContent]:
+    """Credentials and what they open, and how they are kept. Raises ConfigError."""
+    environments = None if given.environment is None else given.environment.each()
+    if given.key is not None:
+        key = parse_signing_key(given.key, key_id=given.key_id or "", team_id=given.team_id or "")
+        return Access(key, environments or Environments.PRODUCTION.each()), given
+    assert given.certificate is not None
+    found = certificate.load(given.certificate, key=given.certificate_key, passphrase=given.passphrase)
+    for environment in environments or ():
+        if environment not in found.environments:
+            raise ConfigError(
+                f"The certificate is for {' and '.join(found.environments)}, not for {environment}: correct "
+                "environment, or leave it out"
+            )
+    its = bundle_ids(found.topics)
+    if topics and not set(topics) & set(its):
+        raise ConfigError(
+            f"The certificate is for {', '.join(its)}, not for {', '.join(topics)}: correct topic, or leave it out"
+        )
+    kept = CredentialContent(
+        certificate=found.certificate_pem,
+        certificate_key=found.key_pem,
+        environment=given.environment,
+        file=given.file,
+    )
+    return Access(found, environments or found.environments, found.topics), kept
+
+
+def _covers(other: Access, one: Access, environment: Environment) -> bool:
+    if environment not in other.environments:
+        return False
+    return other.topics is None or (one.topics is not None and set(one.topics) <= set(other.topics))
+
+
+def _route(
+    content: AppContent, environment: Environment, found: Credentials, contexts: Contexts, instead: Instead | None
+) -> Route:
+    unique_ids = environment is Environment.DEVELOPMENT
+    if instead is not None:
+        tls = contexts.find(instead.ca, None)
+        with_key = found if isinstance(found, SigningKey) else instead.key
+        return Route(Endpoint(instead.host, instead.port, tls, unique_ids), with_key)
+    key, shown = (found, None) if isinstance(found, SigningKey) else (None, found)
+    host = content.host or APPLE[environment]
+    return Route(Endpoint(host, content.port, contexts.find(content.ca, shown), unique_ids, content.proxy), key)
+
+
+def _without_password(url: str) -> str:
+    parts = urlsplit(url)
+    host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
+    return f"http://{host}:{parts.port}"

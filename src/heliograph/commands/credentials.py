@@ -1,0 +1,154 @@
+"""`heliograph credentials`: what files are, and what a server sends with."""
+
+# ruff: noqa: D301 - \b is how click is told to leave lines as they are
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from heliograph.commands.apps import PATH, say_credentials
+from heliograph.commands.calling import Where, server_options
+from heliograph.commands.local import config_option, load_config, secret_from
+
+if TYPE_CHECKING:
+    from heliograph.credentials import Description
+
+_file = click.Path(path_type=Path, dir_okay=False, exists=True)
+
+
+@click.group()
+def credentials() -> None:
+    """Look into credential files, and see what a server sends with and until when.
+
+    \b
+    Example:
+      heliograph credentials inspect AuthKey_ABC123DEFG.p8 shop.p12
+    """
+
+
+@credentials.command()
+@click.argument("files", nargs=-1, required=True, type=_file, metavar="FILE...")
+@click.option("--key", type=_file, help="The private key of a certificate, where it is a file of its own.")
+@click.option("--passphrase-file", type=_file, help="A file with the passphrase.  [default: asked for on a terminal]")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, an object a file.")
+def inspect(files: Sequence[Path], key: Path | None, passphrase_file: Path | None, *, as_json: bool) -> int:
+    """Say what a file is, what it can send to, when it ends, and what is wrong with it.
+
+    Nothing is sent anywhere.
+
+    \b
+    Examples:
+      heliograph credentials inspect AuthKey_ABC123DEFG.p8
+      heliograph credentials inspect aps.cer --key aps.key
+      heliograph credentials inspect --json --passphrase-file passphrase shop.p12
+
+    Exit code: 1 where anything is wrong.
+    """
+    found = [(file, _describe(file, key, passphrase_file)) for file in files]
+    if as_json:
+        import msgspec
+
+        told = [{"file": str(file), **msgspec.to_builtins(each)} for file, each in found]
+        click.echo(json.dumps({"files": told}))
+    else:
+        for file, each in found:
+            _say(file, each)
+    return 1 if any(each.problems for _, each in found) else 0
+
+
+@credentials.command("list")
+@server_options
+def show_list(url: str | None, key_file: Path | None, config: Path | None, *, as_json: bool) -> None:
+    """List what a running server sends with, and until when.
+
+    \b
+    Example:
+      heliograph credentials list
+    """
+    found = Where(url, key_file, config).ask("GET", PATH)
+    if as_json:
+        told = [{"app": app["name"], **each} for app in found["apps"] for each in app["credentials"]]
+        click.echo(json.dumps({"credentials": told}))
+        return
+    for app in found["apps"]:
+        for each in app["credentials"]:
+            click.echo(f"{app['name']}  {say_credentials(each)}")
+    if not found["apps"]:
+        click.echo("There are no apps.")
+
+
+@credentials.command("rotate-master-key")
+@config_option
+def rotate_master_key(config: Path | None) -> None:
+    """Make a new master key, which seals stored apps from now on.
+
+    A running server notices, and seals its apps anew; one that does not run does so when it starts. The former key
+    stays in the file, as backups need it.
+
+    \b
+    Example:
+      heliograph credentials rotate-master-key --config heliograph.toml
+    """
+    from heliograph import vault
+    from heliograph.apps.directory import master_key_path
+
+    path = master_key_path(load_config(config))
+    vault.rotate(path)
+    click.echo(f"There is a new master key in {path}. Back the file up, apart from the database.")
+
+
+def _describe(file: Path, key: Path | None, passphrase_file: Path | None) -> Description:
+    import time
+
+    from heliograph.credentials import Kind, describe
+
+    content = file.read_bytes()
+    key_content = None if key is None else key.read_bytes()
+    passphrase = None
+    if passphrase_file is not None:
+        passphrase = secret_from(passphrase_file, "--passphrase-file").rstrip(b"\r\n")
+
+    def look() -> Description:
+        return describe(content, filename=file.name, key=key_content, passphrase=passphrase, now=time.time())
+
+    found = look()
+    if found.kind is Kind.LOCKED and passphrase is None and sys.stdin.isatty():
+        passphrase = click.prompt(f"Passphrase of {file.name}", hide_input=True, err=True).encode()
+        found = look()
+    return found
+
+
+def _say(file: Path, found: Description) -> None:
+    click.echo(f"{click.style(str(file), bold=True)}: {found.kind}")
+    facts: dict[str, Any] = {
+        "name": found.name,
+        "issuer": found.issuer,
+        "key id": found.key_id,
+        "team id": found.team_id,
+        "topics": ", ".join(found.topics or ()) or ("all of the team" if found.usable else None),
+        "environments": ", ".join(found.environments),
+        "push types": ", ".join(found.push_types),
+        "ends": _end(found),
+        "fingerprint": found.fingerprint,
+    }
+    for name, value in facts.items():
+        if value:
+            click.echo(f"  {name:<13}{value}")
+    for problem in found.problems:
+        click.echo(f"  {click.style('problem', fg='red')}      {problem}")
+
+
+def _end(found: Description) -> str | None:
+    from datetime import UTC, datetime
+
+    if found.ends_at is None:
+        return "never" if found.usable else None
+    days = found.days_left or 0
+    left = f"ended {-days} days ago" if days < 0 else f"{days} days left"
+    return f"{datetime.fromtimestamp(found.ends_at, UTC):%Y-%m-%d}, {left}"
