@@ -46,7 +46,10 @@ _MAX_ERRORS = 100
 """Errors told in one answer; a caller that got everything wrong learns no more from the thousandth."""
 
 MAX_REQUESTS = 2000
-"""Requests in hand, at most."""
+"""Requests in hand, at most; those that wait for an outcome are not counted."""
+
+MAX_WAITS = 10_000
+"""Callers that wait for an outcome, at most; who is above is answered at once with what is known."""
 
 MAX_HELD_BYTES = 32 * 1024 * 1024
 """Octets of bodies in hand, at most, announced or read; several times `MAX_BODY_BYTES`, so one alone always fits."""
@@ -331,8 +334,11 @@ class Api:
 
     async def _outcome(self, notification_id: str, wait_s: float) -> Receipt | None:
         """The receipt as it is after the wait. None where it cannot be read: what was taken is taken all the same."""
+        if len(self._waits) >= MAX_WAITS:
+            return None
         wait = asyncio.timeout(0 if self._hurrying else wait_s)
         self._waits.add(wait)
+        self._requests -= 1  # it costs next to nothing now, and must not keep others out
         try:
             try:
                 async with wait:
@@ -342,6 +348,7 @@ class Api:
         except StoreError:
             return None
         finally:
+            self._requests += 1
             self._waits.discard(wait)
 
     async def _get(self, exchange: Exchange) -> Answer:
