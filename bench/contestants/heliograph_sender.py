@@ -64,11 +64,12 @@ class Memory:
         self._filled = asyncio.Event()
         self._empty = asyncio.Event()
 
-    async def put(self, batches: Sequence[Batch]) -> None:
+    async def put(self, batches: Sequence[Batch], *, lease: bool = False) -> Sequence[Lease]:  # noqa: ARG002
         self._waiting.extend(batches)
         self._unfinished += len(batches)
         self._empty.clear()
         self._filled.set()
+        return ()
 
     async def take(self, limit: int, full: Collection[Lane] = ()) -> Sequence[Lease]:  # noqa: ARG002
         while not self._waiting:

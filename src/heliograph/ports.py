@@ -58,9 +58,10 @@ class Queue(Protocol):
         """How many more notifications `put` would take."""
         ...
 
-    async def put(self, batches: Sequence[Batch]) -> None:
+    async def put(self, batches: Sequence[Batch], *, lease: bool = False) -> Sequence[Lease]:
         """Durable on return, all or nothing. A batch whose id is known already is left as it is.
 
+        `lease`: those that are new are leased to the caller at once, which saves the way through `take`.
         Raises Overloaded, StoreError.
         """
         ...

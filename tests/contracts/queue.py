@@ -9,18 +9,21 @@ from __future__ import annotations
 import asyncio
 import random
 import uuid
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 
 import pytest
 from msgspec import structs
 
 from heliograph.errors import Overloaded
-from heliograph.model import Batch, Environment, Headers, Lease, LeaseEnd, PushType
+from heliograph.model import Batch, Environment, Headers, Lane, Lease, LeaseEnd, PushType
 from heliograph.ports import Queue
 
 LEASE_S = 30.0
 MAX_WAITING = 5000
 START = 1_700_000_000.0
+SMALL, LARGE = 32, 33
+"""Notifications in the largest small batch and in the smallest large one."""
 
 
 class Clock:
@@ -67,6 +70,10 @@ def ids(leases: Sequence[Lease]) -> list[str]:
     return [lease.batch.id for lease in leases]
 
 
+def lane(batch: Batch) -> Lane:
+    return batch.app, batch.environment
+
+
 def done(lease: Lease) -> LeaseEnd:
     return LeaseEnd(lease.batch.id, lease.attempt)
 
@@ -75,6 +82,31 @@ class QueueContract:
     @pytest.fixture
     def clock(self) -> Clock:
         return Clock()
+
+    async def test_what_is_leased_as_it_is_put_is_not_lent_to_others_until_its_lease_ends(
+        self, queue: Queue, clock: Clock
+    ) -> None:
+        first, second = a_batch(3), a_batch(1)
+        leases = await queue.put([first, second], lease=True)
+        assert [(lease.batch, lease.outcomes, lease.attempt) for lease in leases] == [
+            (first, None, 1),
+            (second, None, 1),
+        ]
+        assert queue.waiting == 4
+        other = a_batch()
+        assert list(await queue.put([other])) == []
+        assert ids(await queue.take(10)) == [other.id]
+        await queue.finish([done(leases[0]), LeaseEnd(second.id, 1, clock.now)])
+        (again,) = await queue.take(10)
+        assert (again.batch.id, again.attempt) == (second.id, 2)
+        assert queue.waiting == len(other) + 1
+
+    async def test_what_is_known_already_is_not_leased_by_putting_it_again(self, queue: Queue) -> None:
+        known, new = a_batch(), a_batch()
+        await queue.put([known])
+        (lease,) = await queue.put([known, new], lease=True)
+        assert lease.batch.id == new.id
+        assert ids(await queue.take(10)) == [known.id]
 
     async def test_batch_is_taken_as_it_was_put(self, queue: Queue) -> None:
         one_each, shared = a_batch(1000), structs.replace(a_batch(3), payloads=[b"{}"])
@@ -88,7 +120,9 @@ class QueueContract:
         )
         await queue.put([one_each, shared, mixed])
         leases = await queue.take(10)
-        assert [lease.batch for lease in leases] == [one_each, shared, mixed]
+        assert {lease.batch.id: lease.batch for lease in leases} == {
+            batch.id: batch for batch in (one_each, shared, mixed)
+        }
         assert [(lease.attempt, lease.outcomes) for lease in leases] == [(1, None)] * 3
 
     async def test_batch_put_twice_is_taken_once(self, queue: Queue) -> None:
@@ -269,6 +303,131 @@ class QueueContract:
         await asyncio.gather(*takers, return_exceptions=True)
         assert sorted(taken) == sorted(batch.id for batch in batches)
 
+    async def test_app_with_much_waiting_holds_up_no_other(self, queue: Queue) -> None:
+        await queue.put([a_batch(app="busy") for _ in range(300)])
+        others = [a_batch(), a_batch(environment=Environment.DEVELOPMENT), a_batch(SMALL + 1, app="späti")]
+        await queue.put(others)
+        taken = await queue.take(8)
+        assert {batch.id for batch in others} < set(ids(taken))
+
+    async def test_lanes_take_turns(self, queue: Queue) -> None:
+        await queue.put([a_batch(app=app) for app in ("a", "b", "c") for _ in range(5)])
+        turns = [(await queue.take(1))[0].batch.app for _ in range(15)]
+        assert all(set(turns[at : at + 3]) == {"a", "b", "c"} for at in range(0, 15, 3))
+
+    async def test_no_lane_of_many_is_forgotten(self, queue: Queue) -> None:
+        lanes = [(f"app{number}", environment) for number in range(100) for environment in Environment]
+        await queue.put([a_batch(app=app, environment=environment) for app, environment in lanes for _ in range(3)])
+        taken: list[Lane] = []
+        while len(taken) < 2 * len(lanes):
+            taken += [lane(lease.batch) for lease in await queue.take(7)]
+        assert set(taken) == set(lanes)
+
+    async def test_lane_alone_gets_all_of_a_take(self, queue: Queue) -> None:
+        batches = [a_batch() for _ in range(64)]
+        await queue.put([*batches, a_batch()])
+        assert ids(await queue.take(64)) == [batch.id for batch in batches]
+
+    async def test_small_batches_and_large_ones_take_turns_within_a_lane(self, queue: Queue) -> None:
+        await queue.put([a_batch(LARGE) for _ in range(12)])
+        await queue.put([a_batch(SMALL) for _ in range(12)])
+        sizes = [len(lease.batch) for _ in range(24) for lease in await queue.take(1)]
+        assert all(set(sizes[at : at + 2]) == {SMALL, LARGE} for at in range(0, 24, 2))
+
+    async def test_each_kind_is_taken_in_order(self, queue: Queue, clock: Clock) -> None:
+        batches = []
+        for size in (LARGE, SMALL, LARGE, SMALL, SMALL, LARGE):
+            batches.append(a_batch(size))
+            await queue.put(batches[-1:])
+            clock.advance(1)
+        taken = [*await queue.take(3), *await queue.take(5)]
+        for size in (SMALL, LARGE):
+            assert [lease.batch.id for lease in taken if len(lease.batch) == size] == [
+                batch.id for batch in batches if len(batch) == size
+            ]
+
+    async def test_lane_gets_few_large_batches_at_a_time(self, queue: Queue) -> None:
+        await queue.put([a_batch(LARGE) for _ in range(64)])
+        assert 1 <= len(await queue.take(64)) <= 16
+
+    async def test_full_lane_is_passed_over(self, queue: Queue) -> None:
+        full, other = a_batch(app="full"), a_batch(app="full", environment=Environment.DEVELOPMENT)
+        await queue.put([full, other])
+        assert ids(await queue.take(10, {lane(full), ("nobody", Environment.PRODUCTION)})) == [other.id]
+        assert ids(await queue.take(10)) == [full.id]
+
+    async def test_take_waits_while_all_that_is_due_is_of_full_lanes(self, queue: Queue) -> None:
+        full, other = a_batch(app="full"), a_batch()
+        await queue.put([full])
+        async with asyncio.TaskGroup() as tasks:
+            taking = tasks.create_task(queue.take(10, [lane(full)]))
+            await queue.finish([LeaseEnd(full.id, 7)])  # answered after the take has found nothing
+            await queue.put([a_batch(app="full")])
+            assert not taking.done()
+            tasks.create_task(queue.put([other]))
+        assert ids(taking.result()) == [other.id]
+        assert [(lease.batch.id, lease.attempt) for lease in await queue.take(1)] == [(full.id, 1)]
+
+    async def test_lane_that_was_full_on_its_first_day_is_passed_over_as_well(self, queue: Queue) -> None:
+        full, other = a_batch(app="full"), a_batch()
+        async with asyncio.TaskGroup() as tasks:
+            taking = tasks.create_task(queue.take(10, [lane(full)]))
+            await queue.finish([LeaseEnd(full.id, 7)])  # answered after the take has found nothing
+            await queue.put([full])
+            assert not taking.done()
+            tasks.create_task(queue.put([other]))
+        assert ids(taking.result()) == [other.id]
+
+    async def test_lease_that_ran_out_in_a_full_lane_waits_there(self, queue: Queue, clock: Clock) -> None:
+        batch, other = a_batch(app="full"), a_batch()
+        await queue.put([batch])
+        await queue.take(1)
+        clock.advance(LEASE_S)
+        await queue.put([other])
+        assert ids(await queue.take(10, [lane(batch)])) == [other.id]
+        assert [(lease.batch.id, lease.attempt) for lease in await queue.take(10)] == [(batch.id, 2)]
+
+    async def test_lease_that_ran_out_can_still_be_ended_after_others_looked_for_work(
+        self, queue: Queue, clock: Clock
+    ) -> None:
+        batch, other = a_batch(app="full"), a_batch()
+        await queue.put([batch])
+        (lease,) = await queue.take(1)
+        clock.advance(LEASE_S)
+        await queue.put([other])
+        await queue.take(10, [lane(batch)])
+        await queue.finish([done(lease)])
+        assert queue.waiting == 1
+        await queue.put([a_batch()])
+        assert batch.id not in ids(await queue.take(10))
+
+    async def test_many_leases_that_ran_out_are_all_taken_again(self, queue: Queue, clock: Clock) -> None:
+        batches = [a_batch(app=f"app{number % 3}") for number in range(3000)]
+        await queue.put(batches)
+        assert len(await queue.take(3000)) == 3000
+        clock.advance(LEASE_S)
+        again: Counter[str] = Counter()
+        while len(again) < 3000:
+            again.update(ids(await queue.take(100)))
+        assert set(again.values()) == {1}
+
+    async def test_waiting_and_room_are_exact(self, queue: Queue, clock: Clock) -> None:
+        batches = [a_batch(size) for size in (1, 40, 1000)]
+        assert (queue.waiting, queue.room) == (0, MAX_WAITING)
+        await queue.put(batches)
+        await queue.put(batches)
+        assert (queue.waiting, queue.room) == (1041, MAX_WAITING - 1041)
+        leases = await queue.take(10)
+        await queue.finish([LeaseEnd(batches[1].id, 1, clock() + 9), LeaseEnd(batches[2].id, 1)])
+        assert (queue.waiting, queue.room) == (41, MAX_WAITING - 41)
+        await queue.finish([*map(done, leases), LeaseEnd(batches[1].id, 9)])
+        assert (queue.waiting, queue.room) == (40, MAX_WAITING - 40)
+
+    async def test_whatever_happens_nothing_is_lost_doubled_or_out_of_turn(self, queue: Queue, clock: Clock) -> None:
+        seed = random.randrange(2**32)
+        print(f"seed {seed}")  # noqa: T201 - shown when it fails
+        await _Exercise(queue, clock, random.Random(seed)).run(400)
+
     async def test_more_than_may_wait_is_refused_and_nothing_of_it_taken(self, queue: Queue) -> None:
         full = [a_batch(1000) for _ in range(MAX_WAITING // 1000)]
         await queue.put(full[:-1])
@@ -307,3 +466,91 @@ class QueueContract:
         await queue.put([batch])
         await queue.finish([])
         assert [lease.batch.id for lease in await queue.take(10)] == [batch.id]
+
+
+class _Exercise:
+    """Random calls, and what must come of them: batches by id, when they are due, who holds them until when."""
+
+    def __init__(self, queue: Queue, clock: Clock, chance: random.Random) -> None:
+        self.queue = queue
+        self.clock = clock
+        self.chance = chance
+        self.batches: dict[str, Batch] = {}
+        self.due: dict[str, float] = {}
+        self.attempts: Counter[str] = Counter()
+        self.held: dict[str, float] = {}
+        """Until when; some of it has passed."""
+
+    async def run(self, steps: int) -> None:
+        for _ in range(steps):
+            await self.chance.choice([self.put, self.take, self.take, self.finish, self.wait])()
+        while self.due:
+            self.clock.advance(LEASE_S)
+            while self.ready(()):
+                await self.take()
+            for name in list(self.held):
+                await self.end(name, None)
+        assert self.queue.waiting == 0
+
+    async def put(self) -> None:
+        sizes = self.chance.choices([1, SMALL, LARGE], k=self.chance.randrange(1, 6))
+        batches = [
+            a_batch(size, app=self.chance.choice("abc"), environment=self.chance.choice(list(Environment)))
+            for size in sizes
+            if self.queue.room > 200
+        ]
+        await self.queue.put(batches)
+        for batch in batches:
+            self.batches[batch.id] = batch
+            self.due[batch.id] = self.clock()
+
+    async def take(self) -> None:
+        lanes = [(app, environment) for app in "abc" for environment in Environment]
+        full = self.chance.sample(lanes, self.chance.choice([0, 0, 1, 3]))
+        ready = self.ready(full)
+        if not ready:
+            return
+        limit = self.chance.choice([1, 2, 5, 64])
+        leases = await self.queue.take(limit, full)
+        assert 1 <= len(leases) <= limit
+        assert set(ids(leases)) <= set(ready)
+        assert len(set(ids(leases))) == len(leases)
+        times: dict[tuple[Lane, bool], list[float]] = {}
+        for lease in leases:
+            times.setdefault(self.line(lease.batch), []).append(self.due[lease.batch.id])
+        for line, taken in times.items():
+            assert (
+                taken == sorted(self.due[name] for name in ready if self.line(self.batches[name]) == line)[: len(taken)]
+            )
+        for lease in leases:
+            self.attempts[lease.batch.id] += 1
+            assert lease.attempt == self.attempts[lease.batch.id]
+            self.held[lease.batch.id] = self.clock() + LEASE_S
+
+    async def finish(self) -> None:
+        for name in self.chance.sample(list(self.held), min(3, len(self.held))):
+            await self.end(name, self.chance.choice([None, 0.0, self.clock() + self.chance.random() * 2 * LEASE_S]))
+
+    async def end(self, name: str, again_at: float | None) -> None:
+        await self.queue.finish(
+            [LeaseEnd(name, self.attempts[name] - 1, 0.0), LeaseEnd(name, self.attempts[name], again_at)]
+        )
+        del self.held[name]
+        if again_at is None:
+            del self.due[name]
+        else:
+            self.due[name] = again_at
+
+    async def wait(self) -> None:
+        self.clock.advance(self.chance.random() * LEASE_S)
+
+    def ready(self, full: Collection[Lane]) -> list[str]:
+        now = self.clock()
+        return [
+            name
+            for name, due_at in self.due.items()
+            if due_at <= now and self.held.get(name, now) <= now and lane(self.batches[name]) not in full
+        ]
+
+    def line(self, batch: Batch) -> tuple[Lane, bool]:
+        return lane(batch), len(batch) > SMALL

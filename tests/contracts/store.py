@@ -6,6 +6,7 @@ as `QueueContract` says, over one file or database.
 
 from __future__ import annotations
 
+import asyncio
 import struct
 import uuid
 
@@ -18,6 +19,7 @@ from heliograph.model import (
     Environment,
     LeaseEnd,
     Outcomes,
+    Quarantine,
     Receipt,
     Removal,
     State,
@@ -36,6 +38,32 @@ def outcomes(batch: Batch, states: list[State], *details: Detail, attempt: int =
 
 def removal(token: bytes, *, app: str = "shop", environment: Environment = PRODUCTION, since: int = 5) -> Removal:
     return Removal(app, environment, DeviceToken(token.decode()), since)
+
+
+def quarantine(token: bytes, until: float, *, app: str = "shop", environment: Environment = PRODUCTION) -> Quarantine:
+    return Quarantine(app, environment, DeviceToken(token.decode()), int(until))
+
+
+def given_up(*indices: int) -> list[Detail]:
+    return [Detail(index, "ServiceUnavailable", 503, attempts=9, why="it kept saying so") for index in indices]
+
+
+BURIED, ACCEPTED, QUEUED = State.BURIED, State.ACCEPTED, State.QUEUED
+DAY_S = 86400.0
+
+
+async def finished(queue: Queue, store: Store, batch: Batch, states: list[State]) -> None:
+    """Put, take and end a batch that has these states then."""
+    await queue.put([batch])
+    leases = [lease for lease in await queue.take(1000) if lease.batch.id == batch.id]
+    indices = [index for index, state in enumerate(states) if state is BURIED]
+    await store.record([outcomes(batch, states, *given_up(*indices), attempt=leases[0].attempt)], [])
+    await queue.finish([LeaseEnd(batch.id, leases[0].attempt)])
+
+
+async def states_of(store: Store, batch: Batch) -> list[State | None]:
+    found = await store.find_receipts([f"{batch.id}{place:04x}" for place in range(1, len(batch) + 1)])
+    return [None if receipt is None else receipt.state for receipt in found]
 
 
 class StoreContract:
@@ -207,3 +235,246 @@ class StoreContract:
         (receipt,) = await store.find_receipts([batch.id + "0001"])
         assert receipt is not None
         assert (receipt.state, receipt.updated_at) == (State.QUEUED, None)
+
+    # Device tokens that are held back
+
+    async def test_device_token_in_quarantine_is_held_until_its_time(self, store: Store, clock: Clock) -> None:
+        bad, good = a_batch().tokens[0], a_batch().tokens[0]
+        await store.record([], [], [quarantine(bad, clock() + 3600)])
+        assert await store.held_among("shop", PRODUCTION, [bad, good]) == {bad: "BadDeviceToken"}
+        assert await store.held_among("shop", DEVELOPMENT, [bad]) == {}
+        assert await store.held_among("späti", PRODUCTION, [bad]) == {}
+        clock.advance(3599)
+        assert await store.held_among("shop", PRODUCTION, [bad]) == {bad: "BadDeviceToken"}
+        clock.advance(1)
+        assert await store.held_among("shop", PRODUCTION, [bad]) == {}
+
+    async def test_quarantine_moves_forward_only(self, store: Store, clock: Clock) -> None:
+        token = a_batch().tokens[0]
+        for until in (100, 300, 200, 300):
+            await store.record([], [], [quarantine(token, clock() + until)])
+        clock.advance(299)
+        assert await store.held_among("shop", PRODUCTION, [token]) == {token: "BadDeviceToken"}
+        clock.advance(1)
+        assert await store.held_among("shop", PRODUCTION, [token]) == {}
+        await store.record([], [], [quarantine(token, clock() + 5)])
+        assert await store.held_among("shop", PRODUCTION, [token]) == {token: "BadDeviceToken"}
+
+    async def test_removal_wins_over_a_quarantine(self, store: Store, clock: Clock) -> None:
+        tokens = a_batch(100).tokens
+        until = clock() + 60
+        await store.record([], [removal(tokens[1])], [quarantine(token, until) for token in tokens[:3]])
+        await store.record([], [removal(tokens[2])], [])
+        assert await store.held_among("shop", PRODUCTION, tokens) == {
+            tokens[0]: "BadDeviceToken",
+            tokens[1]: "Unregistered",
+            tokens[2]: "Unregistered",
+        }
+
+    async def test_removal_lapses_after_half_a_year(self, store: Store, clock: Clock) -> None:
+        old, young, said_again = a_batch(3).tokens
+        await store.record([], [removal(old), removal(said_again)])
+        clock.advance(100 * DAY_S)
+        await store.record([], [removal(young), removal(old), removal(said_again, since=6)])
+        await store.purge(clock())
+        assert set(await store.held_among("shop", PRODUCTION, [old, young, said_again])) == {old, young, said_again}
+        clock.advance(80 * DAY_S)
+        await store.purge(clock())
+        assert set(await store.held_among("shop", PRODUCTION, [old, young, said_again])) == {young, said_again}
+        await store.record([], [removal(old)])
+        assert set(await store.held_among("shop", PRODUCTION, [old])) == {old}
+
+    # What was given up on
+
+    async def test_buried_are_found_newest_first_with_their_receipts(self, queue: Queue, store: Store) -> None:
+        batches = [a_batch(3, created_at=START + number) for number in range(4)]
+        await finished(queue, store, batches[0], [BURIED, ACCEPTED, BURIED])
+        await finished(queue, store, batches[1], [ACCEPTED, ACCEPTED, ACCEPTED])
+        await finished(queue, store, batches[3], [ACCEPTED, ACCEPTED, BURIED])
+        await finished(queue, store, batches[2], [BURIED, BURIED, BURIED])
+        places = [(3, 3), (2, 3), (2, 2), (2, 1), (0, 3), (0, 1)]
+        found = await store.find_buried(None, None, 100)
+        assert [receipt.id for receipt in found] == [f"{batches[batch].id}{place:04x}" for batch, place in places]
+        assert list(found) == list(await store.find_receipts([receipt.id for receipt in found]))
+        assert {(receipt.state, receipt.reason, receipt.attempts) for receipt in found} == {
+            (BURIED, "ServiceUnavailable", 9)
+        }
+
+    async def test_buried_are_found_page_by_page_also_within_a_batch(self, queue: Queue, store: Store) -> None:
+        for number in range(3):
+            states = [BURIED, ACCEPTED, BURIED, BURIED, ACCEPTED, BURIED]
+            await finished(queue, store, a_batch(6, created_at=START + number), states)
+        whole = [receipt.id for receipt in await store.find_buried(None, None, 100)]
+        assert len(whole) == 12
+        for size in (1, 3, 4, 5):
+            pages: list[str] = []
+            while page := await store.find_buried(None, pages[-1] if pages else None, size):
+                assert len(page) <= size
+                pages += [receipt.id for receipt in page]
+            assert pages == whole
+        for before in (whole[0][:-4] + "0005", whole[0][:-4].upper() + "0005"):  # no buried one itself
+            assert [receipt.id for receipt in await store.find_buried(None, before, 100)] == whole[1:]
+        assert list(await store.find_buried(None, None, 0)) == []
+
+    async def test_buried_are_found_by_app(self, queue: Queue, store: Store) -> None:
+        mine, other = a_batch(2, created_at=START), a_batch(2, app="späti", created_at=START + 1)
+        await finished(queue, store, mine, [BURIED, BURIED])
+        await finished(queue, store, other, [BURIED, ACCEPTED])
+        assert [receipt.id[:-4] for receipt in await store.find_buried("shop", None, 9)] == [mine.id] * 2
+        assert [receipt.app for receipt in await store.find_buried("späti", None, 9)] == ["späti"]
+        assert list(await store.find_buried("späti", other.id + "0001", 9)) == []
+        assert list(await store.find_buried("nobody", None, 9)) == []
+        assert len(await store.find_buried(None, other.id + "0001", 9)) == 2
+
+    async def test_buried_are_looked_for_before_an_id_only(self, store: Store) -> None:
+        with pytest.raises(ValueError, match="no notification's id"):
+            await store.find_buried(None, "yesterday", 9)
+
+    async def test_buried_are_found_while_others_of_their_batch_wait(self, queue: Queue, store: Store) -> None:
+        batch = a_batch(2)
+        await queue.put([batch])
+        await queue.take(1)
+        await store.record([outcomes(batch, [BURIED, QUEUED], *given_up(0))], [])
+        assert [receipt.id for receipt in await store.find_buried(None, None, 9)] == [batch.id + "0001"]
+
+    async def test_replayed_are_sent_again_under_their_ids(self, queue: Queue, store: Store, clock: Clock) -> None:
+        batch, other = a_batch(3), a_batch()
+        await finished(queue, store, batch, [BURIED, ACCEPTED, BURIED])
+        clock.advance(50)
+        wanted = [batch.id + place for place in ("0003", "0002", "0009", "0000")] + [other.id + "0001", "x", ""]
+        assert list(await store.replay(wanted)) == [batch.id + "0003"]
+        assert queue.waiting == 3
+        assert await states_of(store, batch) == [BURIED, ACCEPTED, QUEUED]
+        (receipt,) = await store.find_receipts([batch.id + "0003"])
+        assert receipt == Receipt(
+            batch.id + "0003", "shop", QUEUED, START, START + 50, attempts=1, next_attempt_at=START + 50
+        )
+        assert [each.id for each in await store.find_buried("shop", None, 9)] == [batch.id + "0001"]
+        (lease,) = await queue.take(10)
+        assert (lease.batch, lease.attempt) == (batch, 3)
+        assert lease.outcomes is not None
+        assert lease.outcomes.states == bytes([BURIED, ACCEPTED, QUEUED])
+        assert {each.index: each for each in lease.outcomes.details} == {
+            0: given_up(0)[0],
+            2: Detail(2, due_at=START + 50, again_from=START + 50),
+        }
+
+    async def test_replayed_end_like_all_others(self, queue: Queue, store: Store) -> None:
+        batch = a_batch(2)
+        await finished(queue, store, batch, [BURIED, ACCEPTED])
+        for _ in range(2):
+            assert len(await store.replay([batch.id + "0001"])) == 1
+            (lease,) = await queue.take(10)
+            await store.record([outcomes(batch, [BURIED, ACCEPTED], *given_up(0), attempt=lease.attempt)], [])
+            await queue.finish([LeaseEnd(batch.id, lease.attempt)])
+            assert queue.waiting == 0
+            assert await states_of(store, batch) == [BURIED, ACCEPTED]
+
+    async def test_replay_told_twice_counts_once(self, queue: Queue, store: Store) -> None:
+        batch = a_batch(2)
+        await finished(queue, store, batch, [BURIED, BURIED])
+        wanted = [batch.id + "0001", batch.id + "0002"]
+        assert sorted(await store.replay([*wanted, *wanted])) == wanted
+        assert list(await store.replay(wanted)) == []
+        assert list(await store.replay([])) == []
+        assert queue.waiting == 2
+        assert list(await store.find_buried(None, None, 9)) == []
+        assert len(await queue.take(10)) == 1
+
+    async def test_replay_brings_forward_a_batch_whose_rest_waits(
+        self, queue: Queue, store: Store, clock: Clock
+    ) -> None:
+        batch = a_batch(2)
+        await queue.put([batch])
+        await queue.take(1)
+        waits = Detail(1, "TooManyRequests", 429, due_at=START + 900)
+        await store.record([outcomes(batch, [BURIED, QUEUED], *given_up(0), waits)], [])
+        await queue.finish([LeaseEnd(batch.id, 1, clock() + 900)])
+        assert len(await store.replay([batch.id + "0001"])) == 1
+        assert queue.waiting == 2
+        (lease,) = await queue.take(10)
+        assert lease.outcomes is not None
+        assert waits in lease.outcomes.details
+
+    async def test_replay_leaves_alone_what_somebody_works_on(self, queue: Queue, store: Store, clock: Clock) -> None:
+        batch = a_batch(2)
+        await queue.put([batch])
+        await queue.take(1)
+        known = outcomes(batch, [BURIED, QUEUED], *given_up(0))
+        await store.record([known], [])
+        assert list(await store.replay([batch.id + "0001"])) == []
+        await store.record([known], [])
+        await queue.finish([LeaseEnd(batch.id, 1, clock())])
+        assert list(await store.replay([batch.id + "0001"])) == [batch.id + "0001"]
+
+    async def test_former_holder_cannot_undo_a_replay(self, queue: Queue, store: Store, clock: Clock) -> None:
+        held, ended = a_batch(), a_batch()
+        known = {batch.id: outcomes(batch, [BURIED], *given_up(0)) for batch in (held, ended)}
+        await queue.put([held, ended])
+        await queue.take(2)
+        await store.record(list(known.values()), [])
+        await queue.finish([LeaseEnd(ended.id, 1)])
+        clock.advance(LEASE_S)
+        for batch in (held, ended):
+            assert len(await store.replay([batch.id + "0001"])) == 1
+            await store.record([known[batch.id]], [])
+            await queue.finish([LeaseEnd(batch.id, 1)])
+            assert await states_of(store, batch) == [QUEUED]
+        assert queue.waiting == 2
+        assert sorted(lease.batch.id for lease in await queue.take(10)) == sorted(known)
+
+    async def test_replay_wakes_a_take_that_waits(self, queue: Queue, store: Store) -> None:
+        batch = a_batch()
+        await finished(queue, store, batch, [BURIED])
+        async with asyncio.TaskGroup() as tasks:
+            taking = tasks.create_task(queue.take(10))
+            await queue.finish([LeaseEnd(batch.id, 9)])  # answered after the take has found nothing
+            tasks.create_task(store.replay([batch.id + "0001"]))
+        assert [lease.batch for lease in taking.result()] == [batch]
+
+    # Old things, and apps
+
+    async def test_what_is_old_and_finished_is_forgotten(self, queue: Queue, store: Store, clock: Clock) -> None:
+        old = [a_batch(2, created_at=START - 100 + number) for number in range(50)]
+        waits, young = a_batch(created_at=START - 200), a_batch()
+        for batch in old:
+            await finished(queue, store, batch, [ACCEPTED, BURIED])
+        await queue.put([waits])
+        await finished(queue, store, young, [ACCEPTED])
+        assert await store.purge(clock() - 60) == 40
+        assert await store.purge(clock() - 60) == 0
+        assert set(await store.find_receipts([batch.id + "0001" for batch in old[:40]])) == {None}
+        assert None not in await store.find_receipts([batch.id + "0001" for batch in [*old[40:], waits, young]])
+        assert len(await store.find_buried(None, None, 100)) == 10
+        assert list(await store.replay([old[0].id + "0002"])) == []
+        assert queue.waiting == 1
+
+    async def test_replayed_are_not_forgotten_while_they_wait(self, queue: Queue, store: Store, clock: Clock) -> None:
+        batch = a_batch()
+        await finished(queue, store, batch, [BURIED])
+        await store.replay([batch.id + "0001"])
+        assert await store.purge(clock() + 1) == 0
+        (lease,) = await queue.take(10)
+        await store.record([outcomes(batch, [ACCEPTED], attempt=lease.attempt)], [])
+        await queue.finish([LeaseEnd(batch.id, lease.attempt)])
+        assert await store.purge(clock() + 1) == 1
+
+    async def test_purge_and_everything_else_go_on_side_by_side(self, queue: Queue, store: Store, clock: Clock) -> None:
+        for _ in range(10):
+            await finished(queue, store, a_batch(10), [ACCEPTED] * 10)
+        fresh = [a_batch(created_at=START + 60) for _ in range(100)]
+        purged, _, again, *_ = await asyncio.gather(
+            store.purge(clock() + 1), queue.put(fresh[:50]), store.purge(clock() + 1), queue.put(fresh[50:])
+        )
+        assert purged + again == 10
+        assert len(await queue.take(1000)) == 100
+
+    async def test_apps_are_kept_replaced_and_deleted(self, store: Store) -> None:
+        assert await store.find_apps() == {}
+        await store.save_app("shop", b"\0one")
+        await store.save_app("späti", b"")
+        await store.save_app("shop", b"\xfftwo")
+        assert await store.find_apps() == {"shop": b"\xfftwo", "späti": b""}
+        assert await store.delete_app("shop") is True
+        assert await store.delete_app("shop") is False
+        assert await store.find_apps() == {"späti": b""}

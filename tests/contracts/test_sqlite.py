@@ -16,16 +16,21 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import apsw
+import msgspec
 import pytest
 import uvloop
 from msgspec import structs
 
+from heliograph import crash
 from heliograph.errors import StoreBusy, StoreError
-from heliograph.model import Batch, Detail, LeaseEnd, State
+from heliograph.model import Batch, Detail, Environment, LeaseEnd, State
 from heliograph.ports import Queue, Store
-from heliograph.stores import sqlite
-from heliograph.stores.sqlite import UNREADABLE, Migration, SqliteStore
-from tests.contracts.queue import LEASE_S, MAX_WAITING, Clock, QueueContract, a_batch, done, ids
+from heliograph.stores import sqlite_file
+from heliograph.stores.body import pack
+from heliograph.stores.outcomes import UNREADABLE
+from heliograph.stores.sqlite import SqliteStore
+from heliograph.stores.sqlite_file import Migration
+from tests.contracts.queue import LEASE_S, MAX_WAITING, START, Clock, QueueContract, a_batch, done, ids
 from tests.contracts.store import PRODUCTION, StoreContract, outcomes, removal
 
 
@@ -172,11 +177,12 @@ asyncio.run(main())
 
 
 @contextlib.contextmanager
-def sender(path: Path) -> Iterator[subprocess.Popen[bytes]]:
+def sender(path: Path, crash_at: str = "") -> Iterator[subprocess.Popen[bytes]]:
     """A process that puts and sends as fast as it can, and tells what was answered, line by line."""
     command = [sys.executable, "-c", SENDER, str(path)]
+    environment = {**os.environ, crash.VARIABLE: crash_at}
     with subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2], env=environment
     ) as process:
         try:
             assert process.stdout is not None
@@ -184,6 +190,60 @@ def sender(path: Path) -> Iterator[subprocess.Popen[bytes]]:
             yield process
         finally:
             process.kill()
+
+
+@pytest.mark.parametrize(
+    "point",
+    [f"{name}:{times}" for name in ("before-commit", "after-commit") for times in (1, 2, 40)] + ["checkpoint:2"],
+)
+async def test_nothing_that_was_answered_is_lost_by_dying_at_the_worst_instant(path: Path, point: str) -> None:
+    with sender(path, point) as process:
+        assert process.stdout is not None
+        told = [line.decode().split() for line in process.stdout.readlines()]
+    assert process.returncode == -signal.SIGKILL
+    async with opened(path) as store:
+        assert None not in await store.find_receipts([batch + "0003" for verb, batch in told if verb == "put"])
+        receipts = await store.find_receipts([batch + "0001" for verb, batch in told if verb == "finished"])
+        assert {receipt and receipt.state for receipt in receipts} <= {State.ACCEPTED}
+        assert await run(store, lambda db: db.execute("PRAGMA integrity_check").get) == "ok"
+        assert store.waiting == await run(store, lambda db: db.execute("SELECT total(size) FROM job").get)
+
+
+PURGER = """
+import asyncio, sys
+from heliograph.stores.sqlite import SqliteStore
+
+async def main():
+    store = await SqliteStore.open(sys.argv[1])
+    await store.purge(2_000_000_000)
+
+asyncio.run(main())
+"""
+
+
+async def test_purge_that_dies_between_two_steps_is_gone_on_with_by_the_next(path: Path, clock: Clock) -> None:
+    waits = a_batch(created_at=START)
+    async with opened(path, clock) as store:
+        batches = [a_batch(created_at=START + 1) for _ in range(2000)]
+        await store.put(batches)
+        leases = await store.take(2000)
+        await store.record([outcomes(lease.batch, [State.ACCEPTED]) for lease in leases], [])
+        await store.finish(list(map(done, leases)))
+        await store.put([waits])
+    died = await asyncio.to_thread(
+        subprocess.run,
+        [sys.executable, "-c", PURGER, str(path)],
+        env={**os.environ, crash.VARIABLE: "purge"},
+        check=False,
+    )
+    assert died.returncode == -signal.SIGKILL
+    async with opened(path, clock) as store:
+        rows = "SELECT (SELECT count(*) FROM batch) || ' ' || (SELECT count(*) FROM outcome)"
+        left = str(await run(store, lambda db: db.execute(rows).get)).split()
+        assert 1 <= int(left[0]) < 2001
+        assert int(left[1]) == int(left[0]) - 1
+        assert await store.purge(clock() + 10) == int(left[1])
+        assert ids(await store.take(10)) == [waits.id]
 
 
 @pytest.mark.parametrize(
@@ -367,7 +427,7 @@ async def test_call_that_fails_does_not_fail_those_in_its_group(path: Path) -> N
         batches[17:17] = [poison()]
         batches[120:120] = [poison()]
         answers = await asyncio.gather(*(store.put([batch]) for batch in batches), return_exceptions=True)
-        failed = [index for index, answer in enumerate(answers) if answer is not None]
+        failed = [index for index, answer in enumerate(answers) if isinstance(answer, BaseException)]
         assert failed == [17, 120]
         assert store.waiting == 200
         assert len(await store.take(1000)) == 200
@@ -432,6 +492,35 @@ async def test_reader_does_not_wait_for_the_writer(path: Path) -> None:
         await writing
 
 
+async def test_lane_whose_first_batch_was_rolled_back_is_taken_from_later(path: Path) -> None:
+    async with opened(path) as store:
+        good = a_batch(app="new")
+        with pytest.raises(UnicodeEncodeError):
+            await store.put([good, poison()])
+        answers = await asyncio.gather(
+            store.put([a_batch(app="newer")]), store.put([poison()]), store.put([good]), return_exceptions=True
+        )
+        assert [isinstance(answer, BaseException) for answer in answers] == [False, True, False]
+        assert sorted(lease.batch.app for lease in await store.take(10)) == ["new", "newer"]
+
+
+async def test_lease_that_was_rolled_back_is_leased_again(path: Path, clock: Clock) -> None:
+    def fail(db: apsw.Connection) -> None:
+        raise ArithmeticError
+
+    async with opened(path, clock, lease_s=LEASE_S) as store:
+        batches = [a_batch(app=app) for app in "abc"]
+        await store.put(batches)
+        for attempt in (1, 2, 3):
+            answers = await asyncio.gather(store.take(1), run(store, fail), store.take(9), return_exceptions=True)
+            assert isinstance(answers[1], ArithmeticError)
+            leases = [lease for answer in answers[::2] if isinstance(answer, list) for lease in answer]
+            assert sorted(ids(leases)) == sorted(batch.id for batch in batches)
+            assert {lease.attempt for lease in leases} == {attempt}
+            clock.advance(LEASE_S)  # they are called in again within a group that fails at first
+        assert store.waiting == 3
+
+
 async def test_call_whose_caller_is_cancelled_does_not_disturb_the_others(path: Path) -> None:
     async with opened(path) as store:
         puts = [asyncio.create_task(store.put([a_batch()])) for _ in range(20)]
@@ -439,7 +528,7 @@ async def test_call_whose_caller_is_cancelled_does_not_disturb_the_others(path: 
         for put in puts[::2]:
             put.cancel()
         answers = await asyncio.gather(*puts, return_exceptions=True)
-        assert answers[1::2] == [None] * 10
+        assert answers[1::2] == [[]] * 10
         await store.put([a_batch()])
 
 
@@ -474,7 +563,7 @@ async def test_closing_does_what_was_asked_for_and_refuses_what_comes_later(path
     puts = [asyncio.create_task(store.put([batch])) for batch in batches]
     await asyncio.sleep(0)
     await asyncio.gather(store.aclose(), store.aclose())
-    assert await asyncio.gather(*puts) == [None] * 50
+    assert await asyncio.gather(*puts) == [[]] * 50
     for late in (store.put([a_batch()]), store.take(1), store.find_receipts([batches[0].id + "0001"]), store.purge(0)):
         with pytest.raises(StoreError, match="closed"):
             await late
@@ -518,7 +607,18 @@ async def test_purge_deletes_what_is_old_and_finished(path: Path, clock: Clock) 
         rows = await run(
             store, lambda db: [db.execute(f"SELECT count(*) FROM {table}").get for table in ("batch", "job", "outcome")]
         )
-        assert rows == [2, 2, 1]
+        assert rows == [2, 1, 1]
+
+
+async def test_purge_lets_others_through(path: Path, clock: Clock) -> None:
+    async with opened(path, clock) as store:
+        await store.put([a_batch() for _ in range(3000)])
+        await store.finish(list(map(done, await store.take(3000))))
+        purging = asyncio.create_task(store.purge(clock() + 1))
+        await store.put([a_batch()])
+        assert not purging.done()
+        assert await purging == 3000
+        assert store.waiting == 1
 
 
 async def test_newer_removal_wins(path: Path) -> None:
@@ -581,6 +681,111 @@ async def test_damaged_batch_alone_does_not_end_a_take_that_waits(path: Path) ->
         assert ids(await taking) == [sound.id]
 
 
+async def test_damaged_batch_is_never_sent_again(path: Path, clock: Clock) -> None:
+    async with opened(path, clock) as store:
+        damaged = a_batch(3)
+        await store.put([damaged])
+        await store.take(1)
+        given_up = Detail(0, "ServiceUnavailable", 503)
+        await store.record([outcomes(damaged, [State.BURIED, State.SENT, State.QUEUED], given_up)], [])
+        await store.finish([LeaseEnd(damaged.id, 1, clock())])
+        await run(store, lambda db: db.execute("UPDATE batch SET body = x'01'").fetchall())
+        taking = asyncio.create_task(store.take(1))
+        while store.waiting:
+            await store.finish([LeaseEnd(a_batch().id, 1)])
+        taking.cancel()
+        wanted = [damaged.id + place for place in ("0001", "0002", "0003")]
+        states = [receipt and receipt.state for receipt in await store.find_receipts(wanted)]
+        assert states == [State.BURIED, State.UNKNOWN, State.BURIED]
+        assert list(await store.replay(wanted)) == [wanted[0]]  # given up on before it was damaged: that is found out
+        await run(store, lambda db: db.execute("UPDATE outcome SET details = x'c1'").fetchall())
+        assert list(await store.replay(wanted)) == []
+
+
+def old_file(path: Path) -> dict[str, Batch]:
+    """A file as the first version left it when it died: with what waits, is leased, is due later, and is finished."""
+    first, *_ = sqlite_file.migrations()
+    batches = {
+        "single": a_batch(app="späti"),
+        "large": a_batch(1000),
+        "leased": a_batch(33),
+        "later": a_batch(2, environment=Environment.DEVELOPMENT),
+        "finished": a_batch(2),
+        "buried": a_batch(3),
+    }
+    path.parent.mkdir()
+    with contextlib.closing(apsw.Connection(str(path))) as db:
+        db.pragma("journal_mode", "wal")
+        with db:
+            sqlite_file.migrate(db, path, [first])
+            for batch in batches.values():
+                key = bytes.fromhex((batch.id + "0000").replace("-", ""))
+                row = (key, batch.app, batch.environment, batch.created_at, len(batch), pack(batch))
+                db.execute("INSERT INTO batch (id, app, environment, created_at, size, body) VALUES (?,?,?,?,?,?)", row)
+            db.execute(f"INSERT INTO job (row, size, due_at) SELECT row, size, {START} FROM batch")
+            db.execute(f"UPDATE job SET attempt = 1, leased_until = {START + 60} WHERE row = 3")
+            db.execute(f"UPDATE job SET attempt = 2, due_at = {START + 900} WHERE row = 4")
+            db.execute("UPDATE job SET attempt = 1, due_at = NULL WHERE row > 4")
+            for number, name, states, details in (
+                (4, "later", b"\1\0", (Detail(1, "TooManyRequests", 429, due_at=START + 900),)),
+                (5, "finished", b"\1\2", (Detail(1, "Unregistered", 410, since=9),)),
+                (6, "buried", b"\5\1\5", (Detail(0, "NoAnswer"), Detail(2, "NoAnswer"))),
+            ):
+                known = outcomes(batches[name], list(map(State, states)))
+                told = (number, 1, known.states, known.times_ms, msgspec.msgpack.encode(details))
+                db.execute("INSERT INTO outcome VALUES (?,?,?,?,?)", told)
+            db.execute(f"INSERT INTO removal VALUES ('shop', 'production', x'00ff', {START})")
+    return batches
+
+
+async def test_file_of_the_first_version_comes_over_whole(path: Path) -> None:
+    batches = old_file(path)
+    clock = Clock()
+    async with opened(path, clock, lease_s=LEASE_S) as store:
+        assert store.waiting == 1 + 1000 + 33 + 2
+        assert await store.held_among("shop", PRODUCTION, [b"00ff", b"ff00"]) == {b"00ff": "Unregistered"}
+        places = [batches[name].id + place for name in ("later", "finished", "buried") for place in ("0001", "0002")]
+        assert [receipt and receipt.state for receipt in await store.find_receipts(places)] == [
+            *(State.ACCEPTED, State.QUEUED),
+            *(State.ACCEPTED, State.REJECTED),
+            *(State.BURIED, State.ACCEPTED),
+        ]
+        taken = {lease.batch.id: lease for lease in await store.take(100)}
+        assert {lease.batch.id: lease.batch for lease in taken.values()} == {
+            batches[name].id: batches[name] for name in ("single", "large", "leased")
+        }
+        assert taken[batches["leased"].id].attempt == 2
+        await store.finish(list(map(done, taken.values())))
+        clock.advance(900)
+        (later,) = await store.take(100)
+        assert (later.batch, later.attempt) == (batches["later"], 3)
+        assert later.outcomes is not None
+        assert later.outcomes.details[0].due_at == START + 900
+        await store.finish([done(later)])
+        found = await store.find_buried("shop", None, 9)
+        assert [receipt.id for receipt in found] == [batches["buried"].id + place for place in ("0003", "0001")]
+        assert len(await store.replay([found[0].id])) == 1
+        assert ids(await store.take(9)) == [batches["buried"].id]
+        await store.finish([LeaseEnd(batches["buried"].id, 3)])
+        assert store.waiting == 0
+        assert await store.purge(clock() + 1) == 6
+
+
+async def test_file_of_the_first_version_that_cannot_come_over_is_left_as_it_was(path: Path) -> None:
+    old_file(path)
+    with contextlib.closing(apsw.Connection(str(path))) as db:
+        db.execute("CREATE TABLE app (x)")
+        before = db.execute("SELECT name, sql FROM sqlite_schema ORDER BY name").fetchall()
+    with pytest.raises(StoreError, match="app already exists"):
+        await SqliteStore.open(path)
+    with contextlib.closing(apsw.Connection(str(path))) as db:
+        assert db.execute("SELECT name, sql FROM sqlite_schema ORDER BY name").fetchall() == before
+        assert db.execute("SELECT count(*) FROM job").get == 6
+        db.execute("DROP TABLE app")
+    async with opened(path) as store:
+        assert store.waiting == 1 + 1000 + 33 + 2
+
+
 async def test_file_of_a_newer_version_is_refused(path: Path) -> None:
     async with opened(path) as store:
         await run(store, lambda db: db.execute("INSERT INTO migration VALUES (7, '0007_x.sql', '', 0)").get)
@@ -621,11 +826,11 @@ def test_migration_is_done_whole_or_not_at_all(path: Path) -> None:
 
     with contextlib.closing(apsw.Connection(str(path))) as db:
         with db:
-            sqlite._migrate(db, path, [first])
+            sqlite_file.migrate(db, path, [first])
         with pytest.raises(apsw.SQLError, match="a already exists"), db:
-            sqlite._migrate(db, path, [first, bad])
+            sqlite_file.migrate(db, path, [first, bad])
         assert tables(db) == {"migration", "a", "b"}
         for _ in range(2):
             with db:
-                sqlite._migrate(db, path, [first, good])
+                sqlite_file.migrate(db, path, [first, good])
         assert tables(db) == {"migration", "b", "c"}

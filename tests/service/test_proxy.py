@@ -190,6 +190,10 @@ async def test_a_proxy_that_does_not_answer_is_given_up(apple: Simulator) -> Non
     await asyncio.wait_for(hung.wait(), 20)
 
 
+async def test_a_proxys_address_that_cannot_be_used_is_told(apple: Simulator) -> None:
+    assert "The proxy must be one that is spoken to in plain HTTP" in why(await push(apple, "https://127.0.0.1:1"))
+
+
 @pytest.mark.parametrize(
     "url", ["https://proxy:3128", "socks5://proxy:1080", "http://proxy", "proxy:3128", "http://:3128", "http://p:99999"]
 )

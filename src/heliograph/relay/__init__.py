@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import structlog
 from msgspec import Struct
@@ -34,7 +34,10 @@ from heliograph.model import (
     LeaseEnd,
     NotProcessed,
     Outcome,
+    Outcomes,
+    Quarantine,
     Receipt,
+    Removal,
     State,
 )
 from heliograph.ports import Carrier, Queue, Store
@@ -46,6 +49,8 @@ _log = structlog.get_logger("heliograph.relay")
 
 _LEASES = 64
 """Batches leased at a time; enough that single notifications share a lease's write, few enough to bound memory."""
+_IN_HAND = 20_000
+"""With so many at the carrier, what is enqueued waits its turn in the store."""
 _SETTLE_S = 0.005
 """Pause between two rounds of settling: what is learnt meanwhile shares a write."""
 _STORE_PAUSE_S = 1.0
@@ -87,6 +92,11 @@ class Relay:
         self._news = asyncio.Event()
         self._waiters: dict[str, set[asyncio.Event]] = {}
         self._lanes: dict[Lane, LaneState] = {}
+        self._in_hand = 0
+        """Notifications with the carrier."""
+        self._idle = False
+        """`work` waits: nothing is due in lanes that are not `_full`."""
+        self._full: frozenset[Lane] = frozenset()
         self._recording = asyncio.Event()
         """Set while outcomes can be recorded; nothing is sent otherwise."""
         self._recording.set()
@@ -132,9 +142,14 @@ class Relay:
 
     async def enqueue(self, batches: Sequence[Batch]) -> None:
         """Durable on return, all or nothing. Raises Overloaded, StoreError."""
-        await self._queue.put(batches)
+        lane = batches[0].app, batches[0].environment
+        # Where nothing waits in front of it, it goes on from here, and not through another turn of the store.
+        at_once = self._idle and self._in_hand < _IN_HAND and lane not in self._full
+        leases = await self._queue.put(batches, lease=at_once)
         self._telemetry.taken(batches[0].app, sum(map(len, batches)))
         crash.point("taken")
+        for lease in leases:
+            self._begin(lease)
 
     @property
     def room(self) -> int:
@@ -216,13 +231,16 @@ class Relay:
         """
         while True:
             await self._recording.wait()
-            full = await self._carrier.ready()
+            self._full = await self._carrier.ready()
+            self._idle = True
             try:
-                leases = await self._take(full)
+                leases = await self._take(self._full)
             except StoreError as error:
                 _log.error("cannot_lease", why=str(error))
                 await asyncio.sleep(_STORE_PAUSE_S)
                 continue
+            finally:
+                self._idle = False
             if leases:
                 crash.point("leased")
             for lease in leases:
@@ -281,9 +299,11 @@ class Relay:
 
     def _carry(self, progress: Progress, indices: Sequence[int]) -> None:
         progress.open += len(indices)
+        self._in_hand += len(indices)
 
         def report(done: Sequence[int], outcome: Outcome) -> None:
             progress.open -= len(done)
+            self._in_hand -= len(done)
             crash.point("answered")
             self._telemetry.answered(progress.batch.app, outcome, len(done))
             if outcome is ACCEPTED:
@@ -322,27 +342,18 @@ class Relay:
         self._news.clear()
         dirty, self._dirty = self._dirty, {}
         ended, self._ended = self._ended, []
+        # All of it is taken down here: what is learnt while the store works belongs to the next round.
+        outcomes = [each.outcomes() for each in dirty.values()]
+        removals = {removal for each in dirty.values() for removal in each.removals}
+        quarantines = {quarantine for each in dirty.values() for quarantine in each.quarantines}
+        ends = [each.end() for each in dirty.values() if not each.open]
         try:
             # Both at once share a commit. What is ended here was recorded by the round before.
-            await asyncio.gather(self._finish(ended), self._record(dirty))
+            await asyncio.gather(self._finish(ended), self._record(outcomes, removals, quarantines))
         except BaseException:  # cancelled, or the store failed: it stays to be done, and may be done twice
             self._dirty = {**dirty, **self._dirty}
             self._ended += ended
             raise
-
-    async def _finish(self, ends: Sequence[LeaseEnd]) -> None:
-        if ends:
-            await self._queue.finish(ends)
-            crash.point("finished")
-
-    async def _record(self, dirty: dict[str, Progress]) -> None:
-        if not dirty:
-            return
-        ends = [each.end() for each in dirty.values() if not each.open]
-        removals = {removal for each in dirty.values() for removal in each.removals}
-        quarantines = {quarantine for each in dirty.values() for quarantine in each.quarantines}
-        await self._store.record([each.outcomes() for each in dirty.values()], tuple(removals), tuple(quarantines))
-        crash.point("recorded")
         for each in dirty.values():
             each.removals -= removals
             each.quarantines -= quarantines
@@ -352,6 +363,18 @@ class Relay:
         if ends:
             self._ended += ends
             self._news.set()
+
+    async def _finish(self, ends: Sequence[LeaseEnd]) -> None:
+        if ends:
+            await self._queue.finish(ends)
+            crash.point("finished")
+
+    async def _record(
+        self, outcomes: Sequence[Outcomes], removals: Collection[Removal], quarantines: Collection[Quarantine]
+    ) -> None:
+        if outcomes:
+            await self._store.record(outcomes, tuple(removals), tuple(quarantines))
+            crash.point("recorded")
 
     async def drain(self) -> None:
         """After `work` and `settle` were stopped and the carrier closed: record and finish all that is known."""

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import apsw
 
+from heliograph import crash
 from heliograph.errors import StoreError
 
 A = TypeVar("A")
@@ -24,17 +25,19 @@ T = TypeVar("T")
 Work = Callable[[apsw.Connection, Sequence[A]], Sequence[T]]
 """Something to do on the writer's connection for several calls at once: their arguments in, their answers out."""
 
+_CHECKPOINT_PAGES = 512
+"""In the log before it is folded into the file, 8 MB: more saves next to nothing and stalls the writer for longer."""
+
 
 class _Operation:
     """What one caller wants of the writer, and where the answer goes."""
 
-    __slots__ = ("answer", "argument", "error", "future", "wakes", "work")
+    __slots__ = ("answer", "argument", "error", "future", "work")
 
-    def __init__(self, work: Work[A, T], argument: A, future: asyncio.Future[T], *, wakes: bool) -> None:
+    def __init__(self, work: Work[A, T], argument: A, future: asyncio.Future[T]) -> None:
         self.work: Work[Any, Any] = work
         self.argument = argument
         self.future = future
-        self.wakes = wakes
         self.answer: Any = None
         self.error: Exception | None = None
 
@@ -46,7 +49,19 @@ class Writer:
     so on down to the one at fault. When the commit itself fails, nothing of the group has happened.
     """
 
-    def __init__(self, db: apsw.Connection, path: Path, waiting: int, wake: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        db: apsw.Connection,
+        path: Path,
+        waiting: int,
+        *,
+        wake: Callable[[], None],
+        forget: Callable[[], None],
+    ) -> None:
+        """`wake` is called after each group, and `forget` after a transaction that was rolled back.
+
+        What its work had noted in memory does not hold then.
+        """
         self.commits = 0
         self.waiting = waiting
         self.counted = waiting
@@ -55,22 +70,25 @@ class Writer:
         self._db = db
         self._path = path
         self._wake = wake
+        self._forget = forget
         self._gate = threading.Lock()
         self._operations: queue.SimpleQueue[_Operation | None] = queue.SimpleQueue()
+        self._pages = 0
+        """In the log."""
+        db.set_wal_hook(self._note_pages)
         self._thread = threading.Thread(target=self._work, name="heliograph-sqlite-writer", daemon=True)
         self._thread.start()
 
-    def run(self, work: Work[A, T], argument: A, *, wakes: bool = False) -> asyncio.Future[T]:
+    def run(self, work: Work[A, T], argument: A) -> asyncio.Future[T]:
         """Have `work` done for `argument` with the next group; the future ends when that is on disk.
 
         What a group wants of the same `work` is one call of it. A call may be repeated, each time on a clean slate.
-        `wakes`: afterwards something may be due.
         """
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         with self._gate:  # so that nothing comes in behind the None that ends the thread
             if self.closed:
                 raise closed_error(self._path)
-            self._operations.put(_Operation(work, argument, future, wakes=wakes))
+            self._operations.put(_Operation(work, argument, future))
         return future
 
     def close(self) -> None:
@@ -91,9 +109,9 @@ class Writer:
             group = [operation for operation in taken if operation is not None]
             ending = len(group) < len(taken)
             self._commit(group)
-            if any(operation.wakes for operation in group):
-                self._wake()
+            self._wake()
             _answer(group)
+            self._fold_log()
         with contextlib.suppress(apsw.Error):  # a reader from outside may be in the way: the log is as good as the file
             self._db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
 
@@ -106,8 +124,9 @@ class Writer:
             self._db.execute("BEGIN IMMEDIATE")
             fault = self._try(group)
             if fault is None:
-                self._db.execute("COMMIT")
-            self._roll_back()
+                self._end_transaction(changed=self._db.total_changes() != changes)
+            else:
+                self._roll_back()
         except apsw.Error as error:
             self._roll_back()
             for operation in group:
@@ -115,7 +134,6 @@ class Writer:
             return
         if fault is None:
             self.waiting = self.counted
-            self.commits += self._db.total_changes() != changes
         elif len(group) == 1:
             group[0].error = store_error(self._path, fault) if isinstance(fault, apsw.Error) else fault
         else:
@@ -137,7 +155,32 @@ class Writer:
             return error
         return None
 
+    def _end_transaction(self, *, changed: bool) -> None:
+        if changed:
+            crash.point("before-commit")
+        self._db.execute("COMMIT")
+        if changed:
+            self.commits += 1
+            crash.point("after-commit")
+
+    def _note_pages(self, db: apsw.Connection, schema: str, pages: int) -> int:  # noqa: ARG002 - SQLite's signature
+        self._pages = pages
+        return apsw.SQLITE_OK
+
+    def _fold_log(self) -> None:
+        """Keep the log short. Nobody waits for it but who comes meanwhile: some milliseconds.
+
+        SQLite's own way is to do this within a commit, before that is answered. A thread of its own did not do better.
+        """
+        if self._pages < _CHECKPOINT_PAGES:
+            return
+        self._pages = 0
+        crash.point("checkpoint")
+        with contextlib.suppress(apsw.Error):  # no room, or a reader from outside: the log is as good as the file
+            self._db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
+
     def _roll_back(self) -> None:
+        self._forget()
         if self._db.in_transaction:  # some errors have rolled back already
             with contextlib.suppress(apsw.Error):  # then BEGIN will say so to everyone
                 self._db.execute("ROLLBACK")

@@ -1,73 +1,82 @@
-"""Connections that share one signing key and environment, behind one backlog.
+"""Connections that share one route, behind one backlog.
 
 A notification waits in the backlog, never inside a connection: whichever connection has a free stream takes the next
-ones. A `_Slice` is what a carried batch still has to send, as columns; a key of a request is an int that holds the
+ones. A `Slice` is what a carried batch still has to send, as columns; a key of a request is an int that holds the
 carried batch's number and the index in it. So nothing is made for each notification between the backlog and the wire.
+
+One provider token is in use at a time. A connection that has carried one for less than Apple's twenty minutes is not
+given the next, but replaced. Where Apple calls the token in use expired though the half hour gives no other, this
+machine's clock is wrong: the pool then rests, and asks again now and then.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
+import socket
 import ssl
 from bisect import bisect_left
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from typing import cast
 
 import structlog
 from msgspec import Struct
 from msgspec.structs import replace
 
-from heliograph.carriers.apns.connection import NEW_S, Connection
-from heliograph.carriers.apns.credentials import TokenSource
-from heliograph.model import MAX_BATCH, Answered, Batch, Headers, NotProcessed, Outcome, SigningKey
+from heliograph import reasons
+from heliograph.carriers.apns.backlog import Backlog
+from heliograph.carriers.apns.connection import NEW_S, Connection, speaks_against_us
+from heliograph.carriers.apns.credentials import LEAST_S, Authorization, TokenSource
+from heliograph.carriers.apns.route import Route
+from heliograph.carriers.apns.slices import Slice, slices
+from heliograph.errors import ConfigError
+from heliograph.model import Answered, Batch, Headers, Lane, NotProcessed, Outcome
 from heliograph.net import http2
+from heliograph.net.dial import Address, LookUps, dial
+from heliograph.net.proxy import Proxy, parse_proxy
 from heliograph.ports import Report
 from heliograph.protocols import apns
-from heliograph.protocols.http2 import ClientConnection, Requests, Template
+from heliograph.protocols.http2 import ClientConnection, Template
+from heliograph.protocols.http2.client import CLIENT_LIMITS
+from heliograph.reasons import FollowUp, Reason
 
 _log = structlog.get_logger("heliograph.apns")
 
 _INDEX_BITS = 16
-_SUFFIXES = [b"%04x" % place for place in range(1, MAX_BATCH + 1)]
-"""The last four digits of the ids in a batch, by index."""
 _TOP_UP = 32
 """With more than this many streams open, a connection that is full waits until it can take so many at once."""
 _UNIQUE_ID = frozenset((b"apns-unique-id",))
-
-Literals = tuple[tuple[bytes, bytes], ...]
-"""Fields that may differ from one notification to the next."""
-
-
-class Endpoint(Struct, frozen=True):
-    """Where a pool connects to."""
-
-    host: str
-    port: int
-    tls: ssl.SSLContext
-    unique_ids: bool = False
-    """Whether answers carry `apns-unique-id` that is worth keeping (Apple's sandbox)."""
-
-
-class Route(Struct, frozen=True):
-    """A way to Apple: connections are shared by whatever takes the same one."""
-
-    endpoint: Endpoint
-    key: SigningKey | None
-    """None: the endpoint's TLS context has a client certificate, which speaks for itself."""
+LIMITS = replace(CLIENT_LIMITS, ping_after_s=15.0, ping_wait_s=4.5)
+"""Of a connection: a server that is gone is noticed within 20 s, the grain of timers included."""
+_ADDRESSES = 3
+"""Of a host, that one connect tries."""
+_NAME_BACKOFF_S = 5.0
+"""The longest pause after a failed look-up: it asks nobody at Apple."""
+_REST_S = 20.0
+"""How long a pool rests whose provider token Apple calls expired; less than anybody's patience."""
+_ALARM_S = 60.0
+"""The same trouble is not logged more often."""
 
 
 class PoolSettings(Struct, frozen=True):
     """How many connections, and how patient. Times in seconds."""
 
     connections: int = 4
+    look_up_s: float = 5.0
+    """For the name."""
     connect_s: float = 10.0
-    """From the look-up of the name to the end of the TLS handshake."""
-    backoff_s: float = 60.0
+    """From the look-up of the name to the server's SETTINGS."""
+    backoff_s: float = 20.0
     """The longest pause between failed connects."""
+    tls_backoff_s: float = 60.0
+    """The same where TLS fails, which waiting seldom cures."""
     patience_s: float = 30.0
     """How long a notification waits for a stream before it is handed back as not processed."""
+    spare_idle_s: float = 300.0
+    """How long a connection may have nothing to do, where there is another one."""
+    idle_s: float = 3600.0
+    """The same for the last one, and for the pool itself."""
 
 
 class _Carried:
@@ -80,48 +89,6 @@ class _Carried:
         self.report = report
 
 
-class _Slice:
-    """Notifications of one batch with the same template that wait for a stream, as columns."""
-
-    __slots__ = ("bodies", "headers", "keys", "literals", "paths", "place", "prefixes", "since", "suffixes")
-
-    def __init__(
-        self,
-        headers: Headers,
-        literals: Sequence[Literals],
-        prefix: bytes,
-        keys: Sequence[int],
-        paths: Sequence[bytes],
-        bodies: Sequence[bytes],
-        suffixes: Sequence[bytes],
-        since: float,
-    ) -> None:
-        self.headers = headers
-        """What they share; expiration and collapse id are in `literals`, one entry for all or one each."""
-        self.literals = literals
-        self.prefixes = (prefix, prefix) if headers.collapse_on_id else (prefix,)
-        self.keys = keys
-        self.paths = paths
-        self.bodies = bodies
-        self.suffixes = suffixes
-        self.since = since
-        self.place = 0
-        """How many were sent already."""
-
-    def requests(self, template: Template, count: int) -> Requests:
-        """The next `count` of them."""
-        first, last = self.place, self.place + count
-        return Requests(
-            template,
-            self.keys[first:last],
-            self.paths[first:last],
-            self.bodies if len(self.bodies) == 1 else self.bodies[first:last],
-            self.literals if len(self.literals) == 1 else self.literals[first:last],
-            self.prefixes,
-            self.suffixes[first:last],
-        )
-
-
 class Pool:
     """One backlog and the connections that empty it."""
 
@@ -130,46 +97,70 @@ class Pool:
         route: Route,
         settings: PoolSettings,
         clock: Callable[[], float],
+        look_ups: LookUps,
         on_room: Callable[[], None],
     ) -> None:
+        """`on_room` is called when less waits, or when `trouble` comes or goes."""
+        self.route = route
         self._endpoint = route.endpoint
+        self._key = route.key
         self._settings = settings
         self._clock = clock
+        self._look_ups = look_ups
         self._on_room = on_room
-        assert route.key is not None
-        self._tokens = TokenSource(route.key)
+        self._tokens = None if route.key is None else TokenSource(route.key)
         self._loop = asyncio.get_running_loop()
-        self._backlog: deque[_Slice] = deque()
-        self.waiting = 0
-        """Notifications in the backlog."""
+        self._backlog = Backlog()
         self._carried: dict[int, _Carried] = {}
         self._last_number = 0
+        self._apps: set[str] = set()
+        """Who ever used it."""
+        self._used_at = self._loop.time()
         self._connections: list[Connection] = []
         self._connecting: asyncio.Task[None] | None = None
         self._failures = 0
+        """Connects that failed since one led to a good answer."""
+        self._longest_pause = 0.0
         self._pump_due = False
         self._patience: asyncio.TimerHandle | None = None
         self._look_again: asyncio.TimerHandle | None = None
-        self._closing = False
+        self._closing: str | None = None
+        """Why nothing more is taken."""
         self._templates: dict[Headers, Template] = {}
-        self._templates_with: tuple[bytes, bytes] | None = None
+        self._authorization: Authorization | None = None
+        """What those templates carry; None with a client certificate."""
+        self._expired: Authorization | None = None
+        """What Apple called expired last."""
+        self._rests_until = 0.0
+        """While that is all there is to send."""
+        self._alarms: dict[str, float] = {}
+        """When each was logged last."""
         self.trouble: str | None = None
-        """Why the last connection failed; None since one brought an answer."""
+        """Why nothing gets through; None since a good answer came."""
 
     # -- in ------------------------------------------------------------------------------------------------------
 
+    @property
+    def waiting(self) -> int:
+        """Notifications in the backlog."""
+        return self._backlog.waiting
+
+    @property
+    def lanes(self) -> dict[Lane, int]:
+        """Those of each lane that has any."""
+        return self._backlog.lanes
+
     def put(self, batch: Batch, indices: Sequence[int], report: Report) -> None:
         """Take these on; each index will be reported once."""
-        if self._closing:
-            report(indices, NotProcessed("the server is stopping"))
+        if self._closing is not None:
+            report(indices, NotProcessed(self._closing))
             return
         self._last_number += 1
         self._carried[self._last_number] = _Carried(len(indices), report)
-        base = self._last_number << _INDEX_BITS
-        now = self._loop.time()
-        for headers, literals, chosen in _alike(batch, indices):
-            self._backlog.append(_make_slice(batch, headers, literals, base, chosen, now))
-        self.waiting += len(indices)
+        self._apps.add(batch.app)
+        self._used_at = now = self._loop.time()
+        for work in slices(batch, indices, self._last_number << _INDEX_BITS, now):
+            self._backlog.put(work)
         self._pump_soon()
 
     def _pump_soon(self) -> None:
@@ -182,74 +173,130 @@ class Pool:
     def pump(self) -> None:
         """Give what waits to connections that can take it; open another one if none can."""
         self._pump_due = False
-        if not self._backlog:
+        backlog = self._backlog
+        before = backlog.waiting
+        if not before:
             return
-        before = self.waiting
-        for connection in self._connections:
-            if not self._feed(connection):
-                break
-        if self.waiting < before:
-            self._on_room()
-        if self._backlog:
-            self._grow()
-            if self._patience is None:
-                self._watch_backlog()
+        self._renew()
+        if self._resting:
+            self._pump_later(1.0)  # the clock may be put right meanwhile
+        else:
+            for connection in self._connections:
+                if not self._feed(connection):
+                    break
+            if backlog.waiting < before:
+                self._on_room()
+            if backlog.waiting:
+                self._grow()
+        if backlog.waiting and self._patience is None:
+            self._watch_backlog()
 
     def _feed(self, connection: Connection) -> bool:
         """Fill one connection's free streams. False where nothing waits any more."""
-        while self._backlog:
+        if connection.authorization is not self._authorization and not self._authorize(connection):
+            return True
+        backlog = self._backlog
+        while backlog.waiting:
             free = connection.capacity
-            if free < self.waiting and free < _TOP_UP < connection.open_streams:
+            if free < backlog.waiting and free < _TOP_UP < connection.open_streams:
                 return True  # answers are on their way and will free more: fewer, larger writes
             if not free:
                 return True
-            work = self._backlog[0]
-            count = min(free, len(work.keys) - work.place)
+            work, count = backlog.offer(free)
             taken = connection.submit(work.requests(self._template(work.headers), count))
-            work.place += taken
-            self.waiting -= taken
-            if work.place == len(work.keys):
-                self._backlog.popleft()
+            backlog.take(taken)
             if taken < count:
                 return True
         return False
 
     def _template(self, headers: Headers) -> Template:
-        authorization = self._tokens.field(self._clock())
-        if authorization is not self._templates_with or len(self._templates) > 256:
-            self._templates.clear()
-            self._templates_with = authorization
         found = self._templates.get(headers)
         if found is None:
+            if len(self._templates) > 256:
+                self._templates.clear()
+            fields = apns.constant_fields(headers)
             found = self._templates[headers] = Template(
                 self._endpoint.host.encode(),
                 apns.PATH_PREFIX,
-                (authorization, *apns.constant_fields(headers)),
+                (*fields,) if self._authorization is None else (self._authorization, *fields),
                 (b"apns-id", b"apns-collapse-id") if headers.collapse_on_id else (b"apns-id",),
             )
         return found
 
     def _watch_backlog(self) -> None:
-        """Hand back what waited too long, so that nothing waits here beyond its lease."""
+        """Hand back what waited too long, so that nothing waits here beyond its lease; one slice in a turn."""
         self._patience = None
-        oldest = self._loop.time() - self._settings.patience_s
-        while self._backlog and self._backlog[0].since <= oldest:
-            work = self._backlog.popleft()
-            keys = list(work.keys[work.place :])
-            self.waiting -= len(keys)
-            self.settle(keys, NotProcessed(self.trouble or "no free stream in time"))
-            self._on_room()
-        if self._backlog:
-            delay = self._backlog[0].since - oldest
-            self._patience = self._loop.call_later(max(delay, 0.1), self._watch_backlog)
+        oldest, now = self._backlog.oldest, self._loop.time()
+        if oldest is not None and oldest + self._settings.patience_s <= now:
+            self._hand_back(self._backlog.pop_oldest(), self.trouble or "no free stream in time")
+            oldest = self._backlog.oldest
+        if oldest is not None:
+            delay = max(oldest + self._settings.patience_s - now, 0.0)
+            self._patience = self._loop.call_later(delay, self._watch_backlog)
+
+    def _hand_back(self, work: Slice, why: str) -> None:
+        self.settle(list(work.keys[work.place :]), NotProcessed(why))
+        self._on_room()
+
+    # -- provider tokens -----------------------------------------------------------------------------------------
+
+    def _renew(self) -> None:
+        """Use the provider token of this half hour."""
+        if self._tokens is not None:
+            authorization = self._tokens.field(self._clock())
+            if authorization is not self._authorization:
+                self._authorization = authorization
+                self._templates.clear()
+
+    @property
+    def _resting(self) -> bool:
+        return (
+            self._rests_until > 0.0 and self._authorization == self._expired and self._loop.time() < self._rests_until
+        )
+
+    def _authorize(self, connection: Connection) -> bool:
+        """Have a connection carry what is now in use; False where that would be too soon after what it carries."""
+        now = self._loop.time()
+        if connection.authorization not in (None, self._authorization) and now < connection.authorized_at + LEAST_S:
+            connection.finish()
+            return False
+        connection.authorization = self._authorization
+        connection.authorized_at = now
+        return True
+
+    def _expire(self, connection: Connection) -> None:
+        """Apple calls the provider token of this connection expired. As many may draw this at once, once is enough."""
+        carried = connection.authorization
+        self._renew()
+        if carried == self._expired and not connection.usable:
+            return
+        self._expired = carried
+        for each in self._connections:
+            if each.authorization == carried:  # Apple takes nothing more on them, whatever they carry
+                each.finish()
+        if self._authorization != carried:
+            _log.info("provider_token_renewed", credentials=self._credentials)
+            self._pump_soon()
+            return
+        self._rests_until = self._loop.time() + _REST_S
+        self._set_trouble(
+            "Apple calls the provider token expired, though it is the newest: this machine's clock is wrong"
+        )
+        self._alarm(
+            "clock_wrong",
+            reasons.EXPIRED_PROVIDER_TOKEN,
+            "Apple calls a provider token expired that was made for this half hour: set this machine's clock "
+            "(timedatectl, chronyc or ntpdate say how far it is off)",
+            machine_time=_iso(self._clock()),
+            token_issued_at=None if self._tokens is None else _iso(self._tokens.issued_at),
+        )
 
     # -- back ----------------------------------------------------------------------------------------------------
 
     def settle(self, keys: list[int], outcome: Outcome) -> None:
         """Report these to the batches that they belong to, a group each."""
-        if self._failures and isinstance(outcome, Answered):
-            self._failures = 0
-            self.trouble = None
+        if self.trouble is not None and isinstance(outcome, Answered):
+            self._relieve(outcome)
         keys.sort()
         start, size = 0, len(keys)
         while start < size:
@@ -268,119 +315,209 @@ class Pool:
             carried.report(indices, outcome)
             start = stop
 
+    def refused(self, connection: Connection, reason: Reason) -> None:
+        """Apple said no for the connection's sake or for that of its credentials."""
+        if reason is reasons.EXPIRED_PROVIDER_TOKEN:
+            self._expire(connection)
+            return
+        if reason.follow_up is FollowUp.NEW_CONNECTION and connection.usable:
+            connection.finish()
+            if not connection.answered:  # to come back at once would be a storm
+                self._failed(f"{self._endpoint.host} has no use for a new connection: {reason.word}")
+        if reason.status == 403:
+            self._set_trouble(f"Apple refuses the credentials: {reason.word}")
+        if reason.status == 403 or reason is reasons.TOO_MANY_PROVIDER_TOKEN_UPDATES:
+            self._alarm("credentials_refused", reason, reason.meaning)
+
+    def proved(self) -> None:
+        """A new connection is good. An old one's answers say nothing of new ones, which may be refused meanwhile."""
+        self._failures = 0
+
+    def _relieve(self, answer: Answered) -> None:
+        """An answer came, and perhaps a good one."""
+        if answer.status == 200 or not speaks_against_us(reasons.find(answer.reason, answer.status)):
+            self._rests_until = 0.0
+            self._set_trouble(None)
+
+    def _set_trouble(self, why: str | None) -> None:
+        if why != self.trouble:
+            self.trouble = why
+            self._on_room()
+
+    def _alarm(self, event: str, reason: Reason, hint: str, **more: str | None) -> None:
+        now = self._loop.time()
+        if now - self._alarms.get(reason.word, -_ALARM_S) >= _ALARM_S:
+            self._alarms[reason.word] = now
+            _log.error(
+                event,
+                reason=reason.word,
+                credentials=self._credentials,
+                apps=sorted(self._apps),
+                host=self._endpoint.host,
+                **more,
+                hint=hint,
+            )
+
+    @property
+    def _credentials(self) -> str:
+        key = self._key
+        return "a client certificate" if key is None else f"signing key {key.key_id} of team {key.team_id}"
+
     # -- connections ---------------------------------------------------------------------------------------------
 
     def _grow(self) -> None:
         """Open one more connection, if there may be more and none is on its way."""
         usable = [connection for connection in self._connections if connection.usable]
-        if self._connecting is not None or len(usable) >= self._settings.connections or self._closing:
+        if self._connecting is not None or len(usable) >= self._settings.connections or self._closing is not None:
             return
         if any(connection.new for connection in usable):  # its one stream is no sign of load
-            if self._look_again is None:
-                self._look_again = self._loop.call_later(NEW_S, self._pump_again)
+            self._pump_later(NEW_S)
             return
         self._connecting = self._loop.create_task(self._connect())
+
+    def _pump_later(self, delay: float) -> None:
+        if self._look_again is None:
+            self._look_again = self._loop.call_later(delay, self._pump_again)
 
     def _pump_again(self) -> None:
         self._look_again = None
         self.pump()
 
     async def _connect(self) -> None:
-        endpoint = self._endpoint
-        keep = _UNIQUE_ID if endpoint.unique_ids else frozenset[bytes]()
         try:
             if self._failures:
                 # Full jitter; the first failure waits little, as a lone lost connection is no storm.
-                longest = min(self._settings.backoff_s, 0.5 * 2**self._failures)
+                longest = min(self._longest_pause, 0.5 * 2 ** min(self._failures, 16))
                 await asyncio.sleep(random.uniform(0, longest))  # noqa: S311 - spreads load, guards nothing
-            async with asyncio.timeout(self._settings.connect_s):
-                link = await http2.connect(
-                    self._new_connection,
-                    host=endpoint.host,
-                    port=endpoint.port,
-                    tls=endpoint.tls,
-                    new_core=lambda now: ClientConnection(now, keep=keep),
-                )
-        except (OSError, TimeoutError) as error:
-            self._failed(f"cannot connect to {endpoint.host}:{endpoint.port}: {str(error) or type(error).__name__}")
+            connection = await self._open()
+        except (OSError, ConfigError, ValueError) as error:  # the last: a name that TLS cannot be told
+            endpoint = self._endpoint
+            why = f"cannot connect to {endpoint.host}:{endpoint.port}: {str(error) or type(error).__name__}"
+            self._failed(why, error)
         else:
-            if not link.closed.done():
-                self._connections.append(cast("Connection", link.session))
+            if connection.closed.done():
+                self._failed(f"{self._endpoint.host} ended a new connection: {connection.goodbye}")
+            else:
+                self._connections.append(connection)
         self._connecting = None
         self._pump_soon()
 
-    def _failed(self, why: str) -> None:
-        self._failures += 1
-        self.trouble = why
-        _log.warning("apns_connect_failed", why=why, failures=self._failures, waiting=self.waiting)
+    async def _open(self) -> Connection:
+        """A connection whose server has said its SETTINGS, on the first of its addresses that gives one in time.
 
-    def _new_connection(self, link: http2.Link[ClientConnection]) -> Connection:
-        return Connection(link, self, self._loop.time)
+        Raises OSError, ConfigError.
+        """
+        endpoint, settings = self._endpoint, self._settings
+        until = self._loop.time() + settings.connect_s
+        proxy = None if endpoint.proxy is None else parse_proxy(endpoint.proxy)
+        host, port = (endpoint.host, endpoint.port) if proxy is None else (proxy.host, proxy.port)
+        try:
+            async with asyncio.timeout(min(settings.look_up_s, settings.connect_s)):
+                addresses = await self._look_ups.addresses(host, port)
+        except TimeoutError:
+            raise socket.gaierror(socket.EAI_AGAIN, f"the name {host} was not looked up in time") from None
+        addresses = addresses[:_ADDRESSES]
+        failure: OSError = socket.gaierror(socket.EAI_NONAME, f"the name {host} has no address")
+        for place, address in enumerate(addresses):
+            share = (until - self._loop.time()) / (len(addresses) - place)
+            try:
+                async with asyncio.timeout(share):
+                    return await self._open_at(address, proxy)
+            except TimeoutError:
+                failure = TimeoutError(f"{address[1][0]} did not answer in time")
+            except OSError as error:
+                failure = error
+        raise failure
+
+    async def _open_at(self, address: Address, proxy: Proxy | None) -> Connection:
+        endpoint = self._endpoint
+        keep = _UNIQUE_ID if endpoint.unique_ids else frozenset[bytes]()
+        link = await http2.connect(
+            lambda link: Connection(link, self, self._loop),
+            host=endpoint.host,
+            port=endpoint.port,
+            tls=endpoint.tls,
+            new_core=lambda now: ClientConnection(now, keep=keep, limits=LIMITS),
+            connected=await dial(address, proxy=proxy, host=endpoint.host, port=endpoint.port),
+        )
+        connection = cast("Connection", link.session)
+        try:
+            if not await connection.greeted:
+                raise ConnectionError(f"{endpoint.host} ended a new connection: {connection.goodbye}") from link.error
+        except BaseException:
+            connection.abort()
+            raise
+        return connection
+
+    def _failed(self, why: str, error: Exception | None = None) -> None:
+        self._failures += 1
+        settings = self._settings
+        # With TLS 1.3 a client certificate is refused after the handshake: the alert then is the cause.
+        tls = error is not None and isinstance(error.__cause__ or error, ssl.SSLError)
+        if isinstance(error, socket.gaierror):
+            self._longest_pause = min(_NAME_BACKOFF_S, settings.backoff_s)
+        else:
+            self._longest_pause = settings.tls_backoff_s if tls else settings.backoff_s
+        if not any(connection.usable and connection.answered for connection in self._connections):
+            self._set_trouble(why)
+        log = _log.error if tls or isinstance(error, ConfigError) else _log.warning
+        log("apns_connect_failed", why=why, failures=self._failures, waiting=self.waiting)
 
     def lost(self, connection: Connection) -> None:
         """A connection's socket is gone; what was open on it has been settled."""
-        if not self._closing:
+        if connection not in self._connections:  # it never was a whole one
+            return
+        self._connections.remove(connection)
+        if self._closing is not None:
+            return
+        if not connection.dismissed:
             _log.info("apns_connection_ended", host=self._endpoint.host, why=connection.goodbye)
             if not connection.answered:  # to come back at once would be a storm
-                self._failed(f"{self._endpoint.host} ended a new connection: {connection.goodbye or 'without a word'}")
-        if connection in self._connections:
-            self._connections.remove(connection)
+                self._failed(f"{self._endpoint.host} ended a new connection: {connection.goodbye}")
         self._pump_soon()
 
-    async def aclose(self) -> None:
-        """Take nothing more, hand back what waits, let open streams be answered, close."""
-        self._closing = True
+    # -- ends ----------------------------------------------------------------------------------------------------
+
+    def tidy(self) -> bool:
+        """Close connections that have had nothing to do for long; whether the pool itself had."""
+        now, settings = self._loop.time(), self._settings
+        usable = [connection for connection in self._connections if connection.usable]
+        left = len(usable)
+        for connection in reversed(usable):  # the first ones are used first
+            enough = settings.idle_s if left == 1 else settings.spare_idle_s
+            if not connection.open_streams and now >= connection.used_at + enough:
+                connection.finish()
+                left -= 1
+        return not (self._carried or self._connections or self._connecting) and now >= self._used_at + settings.idle_s
+
+    def retire(self, why: str) -> None:
+        """Take nothing more, hand back what waits; connections end once what is open on them is answered."""
+        if self._closing is not None:
+            return
+        self._closing = why
         for timer in (self._patience, self._look_again):
             if timer is not None:
                 timer.cancel()
         if self._connecting is not None:
             self._connecting.cancel()
-            await asyncio.gather(self._connecting, return_exceptions=True)
-        for work in list(self._backlog):
-            self.settle(list(work.keys[work.place :]), NotProcessed("the server is stopping"))
-        self._backlog.clear()
-        self.waiting = 0
-        connections = list(self._connections)
-        for connection in connections:
+        for work in self._backlog.pop_all():
+            self._hand_back(work, why)
+        for connection in self._connections:
             connection.finish()
-        for connection in connections:
+
+    @property
+    def ended(self) -> bool:
+        """After `retire`: nothing is left to be waited for."""
+        return not self._connections and (self._connecting is None or self._connecting.done())
+
+    async def aclose(self) -> None:
+        """As `retire`, and wait until all is over."""
+        self.retire("the server is stopping")
+        if self._connecting is not None:
+            await asyncio.gather(self._connecting, return_exceptions=True)
+        for connection in list(self._connections):
             await connection.closed  # ends: each stream has its deadline
 
 
-def _alike(batch: Batch, indices: Sequence[int]) -> Iterator[tuple[Headers, Sequence[Literals], Sequence[int]]]:
-    """Parts that one template serves: what they share, what each sends beside it, and which they are.
-
-    Notifications that differ in expiration and collapse id only stay together.
-    """
-    literals = [tuple(apns.varying_fields(headers)) for headers in batch.headers]
-    if batch.headers_of is None:
-        yield batch.headers[0], literals, indices
-        return
-    shared = [replace(headers, expiration=None, collapse_id=None) for headers in batch.headers]
-    for headers in dict.fromkeys(shared):
-        kinds = {kind for kind, each in enumerate(shared) if each == headers}
-        chosen = [index for index in indices if batch.headers_of[index] in kinds]
-        if chosen:
-            yield headers, [literals[batch.headers_of[index]] for index in chosen], chosen
-
-
-def _make_slice(
-    batch: Batch, headers: Headers, literals: Sequence[Literals], base: int, indices: Sequence[int], now: float
-) -> _Slice:
-    """`base` is what the index is added to for a request's key."""
-    prefix = batch.id.encode()
-    if isinstance(indices, range) and indices.step == 1:
-        span = slice(indices.start, indices.stop)
-        keys: Sequence[int] = range(base + indices.start, base + indices.stop)
-        payloads = batch.payloads if len(batch.payloads) == 1 else batch.payloads[span]
-        return _Slice(headers, literals, prefix, keys, batch.tokens[span], payloads, _SUFFIXES[span], now)
-    return _Slice(
-        headers,
-        literals,
-        prefix,
-        [base + index for index in indices],
-        [batch.tokens[index] for index in indices],
-        batch.payloads if len(batch.payloads) == 1 else [batch.payloads[index] for index in indices],
-        [_SUFFIXES[index] for index in indices],
-        now,
-    )
+def _iso(moment: float) -> str:
+    return datetime.fromtimestamp(moment, UTC).isoformat(timespec="seconds")

@@ -1,0 +1,117 @@
+"""A carried batch, cut into slices: notifications that one template serves, as columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from msgspec.structs import replace
+
+from heliograph.model import MAX_BATCH, Batch, Headers, Lane
+from heliograph.protocols import apns
+from heliograph.protocols.http2 import Requests, Template
+
+_SUFFIXES = [b"%04x" % place for place in range(1, MAX_BATCH + 1)]
+"""The last four digits of the ids in a batch, by index."""
+
+Literals = tuple[tuple[bytes, bytes], ...]
+"""Fields that may differ from one notification to the next."""
+
+
+class Slice:
+    """Notifications of one batch with the same template that wait for a stream, as columns."""
+
+    __slots__ = ("bodies", "headers", "keys", "lane", "literals", "paths", "place", "prefixes", "since", "suffixes")
+
+    def __init__(
+        self,
+        lane: Lane,
+        headers: Headers,
+        literals: Sequence[Literals],
+        prefix: bytes,
+        keys: Sequence[int],
+        paths: Sequence[bytes],
+        bodies: Sequence[bytes],
+        suffixes: Sequence[bytes],
+        since: float,
+    ) -> None:
+        self.lane = lane
+        self.headers = headers
+        """What they share; expiration and collapse id are in `literals`, one entry for all or one each."""
+        self.literals = literals
+        self.prefixes = (prefix, prefix) if headers.collapse_on_id else (prefix,)
+        self.keys = keys
+        self.paths = paths
+        self.bodies = bodies
+        self.suffixes = suffixes
+        self.since = since
+        self.place = 0
+        """How many were sent already."""
+
+    @property
+    def left(self) -> int:
+        return len(self.keys) - self.place
+
+    def requests(self, template: Template, count: int) -> Requests:
+        """The next `count` of them."""
+        first, last = self.place, self.place + count
+        return Requests(
+            template,
+            self.keys[first:last],
+            self.paths[first:last],
+            self.bodies if len(self.bodies) == 1 else self.bodies[first:last],
+            self.literals if len(self.literals) == 1 else self.literals[first:last],
+            self.prefixes,
+            self.suffixes[first:last],
+        )
+
+
+def slices(batch: Batch, indices: Sequence[int], base: int, now: float) -> Iterator[Slice]:
+    """These notifications of the batch; a request's key is its index and `base`. `now` is the loop's time."""
+    for headers, literals, chosen in _alike(batch, indices):
+        yield _slice(batch, headers, literals, base, chosen, now)
+
+
+def _alike(batch: Batch, indices: Sequence[int]) -> Iterator[tuple[Headers, Sequence[Literals], Sequence[int]]]:
+    """Parts that one template serves: what they share, what each sends beside it, and which they are.
+
+    Notifications that differ in expiration and collapse id only stay together.
+    """
+    literals = [tuple(apns.varying_fields(headers)) for headers in batch.headers]
+    shared = [_shared(headers) for headers in batch.headers]
+    if batch.headers_of is None:
+        yield shared[0], literals, indices
+        return
+    for headers in dict.fromkeys(shared):
+        kinds = {kind for kind, each in enumerate(shared) if each == headers}
+        chosen = [index for index in indices if batch.headers_of[index] in kinds]
+        if chosen:
+            yield headers, [literals[batch.headers_of[index]] for index in chosen], chosen
+
+
+def _shared(headers: Headers) -> Headers:
+    """What goes into a template; whether it may be sent twice is nothing that the wire says."""
+    if headers.expiration is None and headers.collapse_id is None and not headers.at_most_once:
+        return headers
+    return replace(headers, expiration=None, collapse_id=None, at_most_once=False)
+
+
+def _slice(
+    batch: Batch, headers: Headers, literals: Sequence[Literals], base: int, indices: Sequence[int], now: float
+) -> Slice:
+    lane, prefix = (batch.app, batch.environment), batch.id.encode()
+    if isinstance(indices, range) and indices.step == 1:
+        span = slice(indices.start, indices.stop)
+        keys: Sequence[int] = range(base + indices.start, base + indices.stop)
+        payloads = batch.payloads if len(batch.payloads) == 1 else batch.payloads[span]
+        return Slice(lane, headers, literals, prefix, keys, batch.tokens[span], payloads, _SUFFIXES[span], now)
+    return Slice(
+        lane,
+        headers,
+        literals,
+        prefix,
+        [base + index for index in indices],
+        [batch.tokens[index] for index in indices],
+        batch.payloads if len(batch.payloads) == 1 else [batch.payloads[index] for index in indices],
+        [_SUFFIXES[index] for index in indices],
+        now,
+    )
