@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 
 import apsw
@@ -23,7 +23,7 @@ from msgspec import structs
 
 from heliograph import crash
 from heliograph.errors import StoreBusy, StoreError
-from heliograph.model import Batch, Detail, Environment, LeaseEnd, State
+from heliograph.model import Batch, Detail, DeviceToken, Environment, LeaseEnd, Removal, State
 from heliograph.ports import Queue, Store
 from heliograph.stores import sqlite_file
 from heliograph.stores.body import pack
@@ -834,3 +834,47 @@ def test_migration_is_done_whole_or_not_at_all(path: Path) -> None:
             with db:
                 sqlite_file.migrate(db, path, [first, good])
         assert tables(db) == {"migration", "b", "c"}
+
+
+async def settled_filter(store: SqliteStore) -> None:
+    """Until the store knows in memory which device tokens may be held."""
+    await store.held_among("shop", PRODUCTION, [b"00"])
+    while store._reading_held is not None:
+        await asyncio.wait([store._reading_held])
+    assert store._held is not None
+
+
+async def test_held_device_tokens_are_found_whether_recorded_before_while_or_after_they_are_read_into_memory(
+    path: Path,
+) -> None:
+    tokens = [b"%064x" % number for number in range(12_000)] + [b"abc", b"not hex"]
+
+    def removals(some: Sequence[bytes]) -> list[Removal]:
+        return [Removal("shop", PRODUCTION, DeviceToken(each.decode()), 1) for each in some]
+
+    async with opened(path) as store:
+        await store.record([], removals(tokens[::3]))
+    async with opened(path) as store:
+        reading = asyncio.ensure_future(settled_filter(store))
+        await asyncio.sleep(0)
+        await store.record([], removals(tokens[1::3]))
+        await reading
+        held = tokens[::3] + tokens[1::3]
+        assert set(await store.held_among("shop", PRODUCTION, tokens)) == set(held)
+        await store.record([], removals(tokens[2::3]))
+        assert set(await store.held_among("shop", PRODUCTION, tokens)) == set(tokens)
+        await settled_filter(store)
+        assert set(await store.held_among("shop", PRODUCTION, tokens)) == set(tokens)
+        assert await store.held_among("shop", PRODUCTION, [b"%064x" % 99_999]) == {}
+
+
+async def test_filter_that_is_crowded_is_read_anew(path: Path) -> None:
+    async with opened(path) as store:
+        await settled_filter(store)
+        many = [Removal("shop", PRODUCTION, DeviceToken(f"{number:064x}"), 1) for number in range(5000)]
+        await store.record([], many)
+        assert store._held is None
+        await settled_filter(store)
+        assert set(await store.held_among("shop", PRODUCTION, [each.token.encode() for each in many])) == {
+            each.token.encode() for each in many
+        }

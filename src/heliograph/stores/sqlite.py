@@ -46,6 +46,7 @@ from heliograph.model import (
 )
 from heliograph.stores.body import pack, unpack
 from heliograph.stores.group_commit import Work, Writer, closed_error, store_error
+from heliograph.stores.held import MaybeHeld
 from heliograph.stores.outcomes import bury, decode_details, encode_details, exhume, receipt
 from heliograph.stores.sqlite_file import Row, connect, locked, make_directory, prepare
 from heliograph.stores.turns import SMALL, Turns
@@ -156,6 +157,15 @@ SELECT value, CASE
     THEN 'BadDeviceToken' END AS word
 FROM carray(?1) WHERE word IS NOT NULL"""
 
+_COUNT_HELD = "SELECT count(*) FROM removal UNION ALL SELECT count(*) FROM quarantine"
+
+_ALL_HELD = tuple(
+    f"""
+SELECT app, environment, token FROM {table} WHERE (app, environment, token) > (?, ?, ?)
+ORDER BY app, environment, token LIMIT 5000"""  # noqa: S608 - two literals
+    for table in ("removal", "quarantine")
+)
+
 _RECEIPTS = """
 SELECT id, app, created_at, size, states, times_ms, details
 FROM carray(?) AS wanted CROSS JOIN batch ON batch.id = wanted.value LEFT JOIN outcome USING (row)"""
@@ -249,6 +259,12 @@ class SqliteStore:
         """When the leases of each take run out, and their rows; ended ones too, until their time comes."""
         self._called_in = 0
         """How many of `lent`, from the left, the transaction under way has dealt with."""
+        # The loop's thread alone has to do with these.
+        self._held: MaybeHeld | None = None
+        """None: not read from the file yet."""
+        self._newly_held: list[bytes] = []
+        """Recorded while there is no `_held`."""
+        self._reading_held: asyncio.Future[None] | None = None
         with contextlib.ExitStack() as undo:
             try:
                 make_directory(path.parent)
@@ -331,6 +347,7 @@ class SqliteStore:
         known = [_outcome_row(each) for each in outcomes]
         dead = [(each.app, each.environment.value, _octets(each.token), each.since, now) for each in removals]
         held = [(each.app, each.environment.value, _octets(each.token), each.until + ahead) for each in quarantines]
+        self._note_held([each.token.encode() for each in removals] + [each.token.encode() for each in quarantines])
         await self._writer.run(_record, (known, dead, held))
 
     async def find_receipts(self, ids: Sequence[str]) -> Sequence[Receipt | None]:
@@ -348,6 +365,10 @@ class SqliteStore:
         return receipts
 
     async def held_among(self, app: str, environment: Environment, tokens: Collection[bytes]) -> dict[bytes, str]:
+        if self._held is not None:
+            tokens = self._held.among(tokens)
+        elif self._reading_held is None:
+            self._reading_held = asyncio.ensure_future(self._read_held())
         if not tokens:
             return {}
         return dict(await self._read(_HELD, apsw.carray(tuple(tokens)), app, environment.value, self._now()))
@@ -419,6 +440,8 @@ class SqliteStore:
         """
         self._writer.close()
         self._takers.wake(None)
+        if self._reading_held is not None:
+            await asyncio.wait([self._reading_held])
         await asyncio.to_thread(self._end)
 
     # Below the ports
@@ -440,6 +463,33 @@ class SqliteStore:
         if self._writer.closed:
             raise closed_error(self._path)
         return await asyncio.get_running_loop().run_in_executor(self._readers, read_here)
+
+    def _note_held(self, tokens: Sequence[bytes]) -> None:
+        if self._held is None:
+            self._newly_held.extend(tokens)
+            return
+        self._held.add(tokens)
+        if self._held.crowded:  # a larger one will be read
+            self._held = None
+
+    async def _read_held(self) -> None:
+        """Fill `_held` from the file. What is recorded meanwhile is in `_newly_held`, whether it is read or not."""
+        try:
+            count = sum(number for (number,) in await self._read(_COUNT_HELD))
+            held = MaybeHeld(count + len(self._newly_held))
+            for sql in _ALL_HELD:
+                place: Row = ("", "", b"")
+                while rows := await self._read(sql, *place):
+                    held.add(octets.hex().encode() for _, _, octets in rows)
+                    held.add(octets for _, _, octets in rows if octets.isascii())  # see `_octets`
+                    place = rows[-1]
+            held.add(self._newly_held)
+            self._newly_held.clear()
+            self._held = held
+        except StoreError:  # whoever asks next tries again
+            pass
+        finally:
+            self._reading_held = None
 
     async def _take(self, limit: int, full: Collection[Lane]) -> _Taken:
         def give_back(leased: asyncio.Future[_Taken]) -> None:
