@@ -72,7 +72,9 @@ class Writer:
         self._wake = wake
         self._forget = forget
         self._gate = threading.Lock()
-        self._operations: queue.SimpleQueue[_Operation | None] = queue.SimpleQueue()
+        self._asked: dict[asyncio.AbstractEventLoop, list[_Operation]] = {}
+        """What was asked for in this turn of a loop: it comes as one, as each hand-over has its price."""
+        self._operations: queue.SimpleQueue[list[_Operation] | None] = queue.SimpleQueue()
         self._pages = 0
         """In the log."""
         db.set_wal_hook(self._note_pages)
@@ -84,18 +86,32 @@ class Writer:
 
         What a group wants of the same `work` is one call of it. A call may be repeated, each time on a clean slate.
         """
-        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        with self._gate:  # so that nothing comes in behind the None that ends the thread
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+        with self._gate:
             if self.closed:
                 raise closed_error(self._path)
-            self._operations.put(_Operation(work, argument, future))
+            asked = self._asked.get(loop)
+            if asked is None:
+                asked = self._asked[loop] = []
+                loop.call_soon(self._hand_over, loop)
+            asked.append(_Operation(work, argument, future))
         return future
+
+    def _hand_over(self, loop: asyncio.AbstractEventLoop) -> None:
+        with self._gate:  # so that nothing comes in behind the None that ends the thread
+            asked = self._asked.pop(loop, None)
+            if asked is not None:
+                self._operations.put(asked)
 
     def close(self) -> None:
         """Let the thread end after what it was given so far. May be called again."""
         with self._gate:
             if not self.closed:
                 self.closed = True
+                for asked in self._asked.values():
+                    self._operations.put(asked)
+                self._asked.clear()
                 self._operations.put(None)
 
     def join(self) -> None:
@@ -106,8 +122,8 @@ class Writer:
         while not ending:
             taken = [self._operations.get()]
             taken += [self._operations.get() for _ in range(self._operations.qsize())]
-            group = [operation for operation in taken if operation is not None]
-            ending = len(group) < len(taken)
+            group = [operation for asked in taken if asked is not None for operation in asked]
+            ending = None in taken
             self._commit(group)
             self._wake()
             _answer(group)
