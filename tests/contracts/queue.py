@@ -7,6 +7,7 @@ and the fixture `clock`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import uuid
 from collections import Counter
@@ -100,6 +101,19 @@ class QueueContract:
         (again,) = await queue.take(10)
         assert (again.batch.id, again.attempt) == (second.id, 2)
         assert queue.waiting == len(other) + 1
+
+    @pytest.mark.parametrize("turns", range(6))
+    async def test_what_was_leased_for_a_caller_who_is_gone_is_lent_to_the_next(self, queue: Queue, turns: int) -> None:
+        batch = a_batch()
+        putting = asyncio.ensure_future(queue.put([batch], lease=True))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        putting.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await putting
+        await queue.put([batch])  # where it was cancelled before it was durable
+        async with asyncio.timeout(5):
+            assert ids(await queue.take(10)) == [batch.id]
 
     async def test_what_is_known_already_is_not_leased_by_putting_it_again(self, queue: Queue) -> None:
         known, new = a_batch(), a_batch()

@@ -32,12 +32,15 @@ _CHECKPOINT_PAGES = 512
 class _Operation:
     """What one caller wants of the writer, and where the answer goes."""
 
-    __slots__ = ("answer", "argument", "error", "future", "work")
+    __slots__ = ("answer", "argument", "error", "future", "unwanted", "work")
 
-    def __init__(self, work: Work[A, T], argument: A, future: asyncio.Future[T]) -> None:
+    def __init__(
+        self, work: Work[A, T], argument: A, future: asyncio.Future[T], unwanted: Callable[[T], None] | None
+    ) -> None:
         self.work: Work[Any, Any] = work
         self.argument = argument
         self.future = future
+        self.unwanted: Callable[[Any], None] | None = unwanted
         self.answer: Any = None
         self.error: Exception | None = None
 
@@ -81,10 +84,11 @@ class Writer:
         self._thread = threading.Thread(target=self._work, name="heliograph-sqlite-writer", daemon=True)
         self._thread.start()
 
-    def run(self, work: Work[A, T], argument: A) -> asyncio.Future[T]:
+    def run(self, work: Work[A, T], argument: A, *, unwanted: Callable[[T], None] | None = None) -> asyncio.Future[T]:
         """Have `work` done for `argument` with the next group; the future ends when that is on disk.
 
         What a group wants of the same `work` is one call of it. A call may be repeated, each time on a clean slate.
+        Where the future was cancelled meanwhile, `unwanted` is called with the answer.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
@@ -95,7 +99,7 @@ class Writer:
             if asked is None:
                 asked = self._asked[loop] = []
                 loop.call_soon(self._hand_over, loop)
-            asked.append(_Operation(work, argument, future))
+            asked.append(_Operation(work, argument, future, unwanted))
         return future
 
     def _hand_over(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -215,8 +219,9 @@ def _answer(group: Sequence[_Operation]) -> None:
 def _resolve(operations: Sequence[_Operation]) -> None:
     for operation in operations:
         if operation.future.done():  # its caller was cancelled
-            continue
-        if operation.error is None:
+            if operation.unwanted is not None and operation.error is None:
+                operation.unwanted(operation.answer)
+        elif operation.error is None:
             operation.future.set_result(operation.answer)
         else:
             operation.future.set_exception(operation.error)

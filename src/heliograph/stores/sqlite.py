@@ -25,7 +25,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Iterable, Seque
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, takewhile
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TypeVar, cast
+from typing import Any, NamedTuple, Self, TypeVar
 
 import apsw
 
@@ -306,11 +306,11 @@ class SqliteStore:
             (_key(batch.id), batch.app, batch.environment.value, batch.created_at, len(batch), pack(batch))
             for batch in batches
         ]
-        putting = self._writer.run(self._put, (rows, lease))
+        putting = self._writer.run(self._put, (rows, lease), unwanted=self._unlease)
         try:
-            leased = await asyncio.shield(putting)
+            leased = await putting
         except asyncio.CancelledError:
-            putting.add_done_callback(self._unlease)
+            _reject(putting, self._unlease)
             raise
         if isinstance(leased, Overloaded):
             raise leased
@@ -492,23 +492,22 @@ class SqliteStore:
             self._reading_held = None
 
     async def _take(self, limit: int, full: Collection[Lane]) -> _Taken:
-        def give_back(leased: asyncio.Future[_Taken]) -> None:
-            if not leased.cancelled() and leased.exception() is None and leased.result().rows:
-                rows = [(row[0], row[7]) for row in leased.result().rows]
-                self._run_unattended(self._give_back, rows)
-
-        leasing = self._writer.run(self._lease, (limit, full))
+        taking = self._writer.run(self._lease, (limit, full), unwanted=self._untake)
         try:
-            return await asyncio.shield(leasing)
+            return await taking
         except asyncio.CancelledError:
-            leasing.add_done_callback(give_back)
+            _reject(taking, self._untake)
             raise
 
-    def _unlease(self, putting: asyncio.Future[Overloaded | Collection[bytes]]) -> None:
+    def _untake(self, taken: _Taken) -> None:
+        """Nobody is there for what was taken."""
+        if taken.rows:
+            self._run_unattended(self._give_back, [(row[0], row[7]) for row in taken.rows])
+
+    def _unlease(self, leased: Overloaded | Collection[bytes]) -> None:
         """Nobody is there for what was leased with a put."""
-        if not putting.cancelled() and putting.exception() is None and not isinstance(putting.result(), Overloaded):
-            ends = [(key, 1, self._now()) for key in cast("Collection[bytes]", putting.result())]
-            self._run_unattended(self._finish, ([], ends))
+        if leased and not isinstance(leased, Overloaded):
+            self._run_unattended(self._finish, ([], [(key, 1, self._now()) for key in leased]))
 
     def _readable(self, rows: Sequence[Row]) -> list[Lease]:
         """Leases of rows of `_LEASED`. What is damaged is buried here: it must not hold up the others."""
@@ -714,6 +713,12 @@ class SqliteStore:
         if self._stirred:
             stirred, self._stirred = self._stirred, set()
             self._takers.wake(stirred)
+
+
+def _reject(asked: asyncio.Future[T], unwanted: Callable[[T], None]) -> None:
+    """The caller was cancelled: if the answer is there already, nobody else will tell that it is not wanted."""
+    if not asked.cancelled() and asked.exception() is None:
+        unwanted(asked.result())
 
 
 @contextlib.asynccontextmanager
