@@ -107,7 +107,10 @@ class Store(Protocol):
         ...
 
     async def replay(self, ids: Sequence[str]) -> Sequence[str]:
-        """Have buried notifications sent again, under the same ids; which of these that are. Durable on return."""
+        """Have buried notifications sent again, under the same ids; which of these that are. Durable on return.
+
+        Those in a batch that is leased at the moment are left alone: ask again.
+        """
         ...
 
     async def purge(self, before: float) -> int:
