@@ -712,7 +712,7 @@ _MEANINGS = {
     State.REJECTED: "Apple said no for good.",
     State.EXPIRED: "Its expiration passed before Apple took it, so it is not sent any more.",
     State.CANCELLED: "It was cancelled before it was sent.",
-    State.BURIED: "It was given up on after many tries; it is kept.",
+    State.BURIED: "It was given up on, as its time was over. It is kept, and can be replayed.",
     State.UNKNOWN: "It was sent once, as asked for, and the answer never came.",
 }
 
@@ -722,6 +722,8 @@ def _meaning(receipt: Receipt) -> str:
     meaning = _MEANINGS[receipt.state]
     if receipt.state is State.ACCEPTED or receipt.reason is None:
         return meaning
+    if receipt.status is not None and receipt.state in (State.BURIED, State.EXPIRED):
+        return f"{meaning} Apple's last answer was {receipt.status} {receipt.reason}."
     if receipt.status is not None:
         return f"{meaning} {reasons.find(receipt.reason, receipt.status).meaning}"
     return f"{meaning} The last try failed: {receipt.why or receipt.reason}."

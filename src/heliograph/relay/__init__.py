@@ -148,6 +148,8 @@ class Relay:
         leases = await self._queue.put(batches, lease=at_once)
         self._telemetry.taken(batches[0].app, sum(map(len, batches)))
         crash.point("taken")
+        if leases:
+            crash.point("leased")
         for lease in leases:
             self._begin(lease)
 

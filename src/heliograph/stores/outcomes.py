@@ -45,7 +45,8 @@ def receipt(id: str, row: tuple[Any, ...], details: dict[int, Detail]) -> Receip
         return Receipt(id, app, state, created_at)
     updated_at = created_at + int.from_bytes(times_ms[4 * index : 4 * index + 4], "big") / 1000
     if detail is None:
-        return Receipt(id, app, state, created_at, updated_at, attempts=1 if state in (State.ACCEPTED, State.SENT) else 0)
+        attempts = 1 if state in (State.ACCEPTED, State.SENT) else 0
+        return Receipt(id, app, state, created_at, updated_at, attempts=attempts)
     return Receipt(
         id,
         app,

@@ -59,6 +59,10 @@ _ALARM_S = 60.0
 """The same trouble is not logged more often."""
 
 
+_DRAIN_S = 25.0
+"""How long open streams may take to be answered when the server stops, which promises to be gone after 30 s."""
+
+
 class PoolSettings(Struct, frozen=True):
     """How many connections, and how patient. Times in seconds."""
 
@@ -515,8 +519,14 @@ class Pool:
         self.retire("the server is stopping")
         if self._connecting is not None:
             await asyncio.gather(self._connecting, return_exceptions=True)
-        for connection in list(self._connections):
-            await connection.closed  # ends: each stream has its deadline
+        connections = list(self._connections)
+        if not connections:
+            return
+        _, late = await asyncio.wait([each.closed for each in connections], timeout=_DRAIN_S)
+        if late:
+            for connection in connections:
+                connection.abort()  # what is open on it is reported as unknown
+            await asyncio.wait(late)
 
 
 def _iso(moment: float) -> str:
