@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import logging
 import os
 import secrets
@@ -136,6 +137,9 @@ async def run(
     # A loop that is never idle keeps the interpreter's lock for a whole switch interval whenever the store's thread
     # asks for it, which it does with each call of SQLite. With CPython's 5 ms, single commits could take seconds.
     sys.setswitchinterval(_SWITCH_S)
+    # What was imported stays: to walk over it again and again would stop everything for 10 ms each time.
+    gc.collect()
+    gc.freeze()
     loop = asyncio.get_running_loop()
     stop, hangup = asyncio.Event(), asyncio.Event()
     signals = (signal.SIGTERM, signal.SIGINT)
