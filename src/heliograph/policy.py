@@ -3,7 +3,7 @@
 | outcome | what follows | counted |
 |---|---|---|
 | 2xx | accepted | |
-| not processed | at once, elsewhere | no |
+| not processed | at once | no |
 | unknown | the same ids from 1 s on, 30 s at most; at most once: ends as unknown | yes |
 | 5xx, and what a new connection cures | two quick tries within 1 and 5 s, then from 15 minutes on, doubling | yes |
 | 429 | from 30 s on, doubling to an hour | yes |
@@ -69,8 +69,6 @@ class Again(Struct, frozen=True):
     """UNIX seconds, never before `now`, never after the deadline."""
     counted: bool
     """Whether this try counts: the next outcome is decided with `attempt + 1`."""
-    elsewhere: bool
-    """Not on the connection that brought this outcome."""
     reason: str | None = None
     """Why, in Apple's word or ours."""
 
@@ -121,29 +119,27 @@ def _again(
 ) -> Decision:
     match outcome:
         case NotProcessed(why):
-            return Again(now, counted=False, elsewhere=True, reason=why)
+            return Again(now, counted=False, reason=why)
         case Unknown(why):
             if at_most_once:
                 return End(State.UNKNOWN, why)
             # The first time exactly 1 s; afterwards anywhere from there to a limit that doubles.
             longest = min(_UNKNOWN_MAX_S, _doubled(_UNKNOWN_S, attempt - 1))
             pause = _UNKNOWN_S + random * (longest - _UNKNOWN_S)
-            return Again(now + pause, counted=True, elsewhere=True, reason=why)
+            return Again(now + pause, counted=True, reason=why)
         case Answered():
             return _answered(outcome, attempt, now, crowd_s, random)
 
 
 def _answered(answer: Answered, attempt: int, now: float, crowd_s: float, random: float) -> Decision:
     reason = find(answer.reason, answer.status)
-    elsewhere = True
     match reason.follow_up:
         case FollowUp.RENEW_PROVIDER_TOKEN if attempt == 1:
-            return Again(now, counted=True, elsewhere=True, reason=reason.word)
+            return Again(now, counted=True, reason=reason.word)
         case FollowUp.RETRY_SOON | FollowUp.NEW_CONNECTION | FollowUp.RENEW_PROVIDER_TOKEN:
             pause = _after_trouble(attempt, random)
         case FollowUp.RETRY_TOKEN_LATER | FollowUp.RETRY_LATER:
             pause = min(_PACED_MAX_S, _doubled(_PACED_S, attempt - 1)) * (1 + random)
-            elsewhere = False
         case FollowUp.REMOVE_TOKEN:
             return End(State.REJECTED, reason.word, removed_since=_died_at(answer.since, now))
         case FollowUp.QUARANTINE if reason is BAD_DEVICE_TOKEN:
@@ -152,7 +148,7 @@ def _answered(answer: Answered, attempt: int, now: float, crowd_s: float, random
             return End(State.REJECTED, reason.word)
     if answer.retry_after_s is not None:
         pause = max(0.0, answer.retry_after_s)
-    return Again(now + pause + crowd_s, counted=True, elsewhere=elsewhere, reason=reason.word)
+    return Again(now + pause + crowd_s, counted=True, reason=reason.word)
 
 
 class Crowd:
@@ -179,9 +175,9 @@ class Crowd:
         self._move(now)
         return self._planned / self._rate
 
-    def plan(self, count: int = 1) -> None:
-        """So many more are planned."""
-        self._planned += count
+    def plan(self) -> None:
+        """One more is planned."""
+        self._planned += 1
 
     @property
     def _rate(self) -> float:

@@ -87,8 +87,12 @@ class Store(Protocol):
 
     async def record(
         self, outcomes: Sequence[Outcomes], removals: Sequence[Removal], quarantines: Sequence[Quarantine] = ()
-    ) -> None:
-        """Record all of it durably, in one transaction. Recording the same again changes nothing."""
+    ) -> Collection[str]:
+        """Record all of it durably, in one transaction. Recording the same again changes nothing.
+
+        Returns the ids of the batches whose outcomes were recorded: not those that somebody else has leased since, or
+        that are finished.
+        """
         ...
 
     async def find_receipts(self, ids: Sequence[str]) -> Sequence[Receipt | None]:

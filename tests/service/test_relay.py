@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import apsw
 import pytest
 import structlog
 
-from heliograph.carriers.apns import PoolSettings
+from heliograph.carriers.apns import ApnsCarrier, Endpoint, PoolSettings, Route
 from heliograph.errors import NotConnected, Refused, StoreError
-from heliograph.model import Environment, Headers, Outcomes, PushType, State
+from heliograph.model import Access, App, Environment, Headers, LeaseEnd, Outcomes, PushType, State
+from heliograph.net.tls import client_context
 from heliograph.protocols.http2 import ErrorCode
+from heliograph.relay import Relay
 from heliograph.simulator.faults import Answer
 from heliograph.simulator.server import Simulator
 from heliograph.stores.sqlite import SqliteStore
+from heliograph.telemetry import Telemetry
 from tests.service.house import APP, HEADERS, PATIENCE_S, PAYLOAD, TOPIC, House, open_house, token
 
 
@@ -322,3 +327,79 @@ async def test_send_says_when_nobody_can_be_asked(tmp_path: Path) -> None:
 
 _LARGE = b'{"aps":{},"x":"' + b"x" * 400 + b'"}'
 _BACKGROUND = b'{"aps":{"content-available":1}}'
+
+
+async def test_at_most_once_holds_in_a_batch_with_others_too(house: House) -> None:
+    house.apple.resets(token(1), ErrorCode.INTERNAL_ERROR, times=1)
+    house.apple.resets(token(2), ErrorCode.INTERNAL_ERROR, times=1)
+    headers = [Headers(TOPIC), Headers(TOPIC, at_most_once=True)]
+    receipts = await house.receipts(await house.push([token(1), token(2)], [PAYLOAD] * 2, headers))
+    assert [(receipt.state, receipt.attempts) for receipt in receipts] == [(State.ACCEPTED, 2), (State.UNKNOWN, 1)]
+    assert [each.token for each in house.apple.received] == [token(1)]
+
+
+async def test_whose_lease_ran_out_before_it_was_written_down_does_not_send_what_is_sent_at_most_once(
+    tmp_path: Path, apple: Simulator
+) -> None:
+    async with open_house(tmp_path, apple, working=False) as house:
+        (batch,) = await house.admit([token(1)], headers=[Headers(TOPIC, at_most_once=True)])
+        (late,) = await house.store.put([batch], lease=True)
+        await house.store.finish([LeaseEnd(batch.id, late.attempt, 0.0)])
+        (lease,) = await house.store.take(1)
+        house.relay._begin(late)
+        house.relay._begin(lease)
+        await house.receipts([f"{batch.id}0001"], lambda receipt: receipt.state is State.SENT)
+        settling = asyncio.create_task(house.relay.settle())
+        (receipt,) = await house.receipts([f"{batch.id}0001"])
+        settling.cancel()
+    assert receipt.state is State.ACCEPTED
+    assert len(apple.received) == 1
+
+
+async def test_nothing_new_is_sent_while_outcomes_cannot_be_recorded(tmp_path: Path, apple: Simulator) -> None:
+    async with open_house(tmp_path, apple) as house:
+        await house.receipts(await house.push([token(0)]))
+        with contextlib.closing(apsw.Connection(str(tmp_path / "heliograph.db"))) as other:
+            other.execute("CREATE TRIGGER no BEFORE INSERT ON outcome BEGIN SELECT RAISE(ABORT, 'as told'); END")
+            with structlog.testing.capture_logs() as logs:
+                ids = await house.push([token(1)])
+                async with asyncio.timeout(PATIENCE_S):
+                    while not any(entry["event"] == "cannot_record" for entry in logs):  # noqa: ASYNC110 - a log
+                        await asyncio.sleep(0.01)
+                for number in range(2, 12):
+                    ids += await house.push([token(number)])
+            assert {each.token for each in apple.received} == {token(0), token(1)}
+            other.execute("DROP TRIGGER no")
+        receipts = await house.receipts(ids)
+    assert {receipt.state for receipt in receipts} == {State.ACCEPTED}
+    assert len(apple.received) == 12
+
+
+async def test_a_clock_that_is_set_back_does_not_put_off_what_is_to_be_sent_again(
+    tmp_path: Path, apple: Simulator
+) -> None:
+    ahead = 3600.0
+    apple.add_app(TOPIC)
+    route = Route(Endpoint("localhost", apple.port, client_context(apple.ca_pem)), apple.signing_key)
+    app = App(APP, (TOPIC,), (Access(apple.signing_key, (Environment.PRODUCTION,)),))
+
+    def clock() -> float:
+        return time.time() + ahead
+
+    store = await SqliteStore.open(tmp_path / "heliograph.db", clock=clock)
+    carrier = ApnsCarrier(lambda *_: route, clock=time.time)
+    relay = Relay(store, store, carrier, {APP: app}, Telemetry(), clock=clock)
+    house = House(relay, store, carrier, apple)
+    tasks = [asyncio.create_task(relay.work()), asyncio.create_task(relay.settle())]
+    apple.resets(token(1), ErrorCode.INTERNAL_ERROR, times=1)
+    ids = await house.push([token(1)])
+    await house.receipts(ids, lambda receipt: receipt.reason is not None)
+    ahead = 0.0
+    (receipt,) = await house.receipts(ids)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await carrier.aclose()
+    await relay.drain()
+    await store.aclose()
+    assert (receipt.state, receipt.attempts) == (State.ACCEPTED, 2)

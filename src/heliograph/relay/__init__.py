@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import structlog
@@ -41,7 +42,7 @@ from heliograph.model import (
     State,
 )
 from heliograph.ports import Carrier, Queue, Store
-from heliograph.relay.progress import LaneState, Progress
+from heliograph.relay.progress import LaneState, Moment, Progress
 from heliograph.relay.sends import Sends, resolve
 from heliograph.telemetry import Telemetry
 
@@ -77,15 +78,18 @@ class Relay:
         telemetry: Telemetry,
         *,
         clock: Callable[[], float],
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`clock` gives UNIX seconds."""
+        """`clock` gives UNIX seconds, `monotonic` seconds from anywhere."""
         self._queue = queue
         self._store = store
         self._carrier = carrier
         self._apps = apps
         self._telemetry = telemetry
         self._clock = clock
-        self._dirty: dict[str, Progress] = {}
+        self._monotonic = monotonic
+        self._started_at = clock() - monotonic()
+        self._dirty: dict[tuple[str, int], Progress] = {}
         """Batches with news that are not recorded yet."""
         self._ended: list[LeaseEnd] = []
         """Ends of leases all of whose outcomes are recorded."""
@@ -135,6 +139,9 @@ class Relay:
         batches = make_batches(self._new_id, app_name, environment, now, checked.headers, checked.tokens, payloads)
         return Admitted(tuple(batches), ())
 
+    def _now(self) -> Moment:
+        return Moment(self._clock(), self._started_at + self._monotonic())
+
     def _new_id(self) -> str:
         return new_batch_id(self._clock(), os.urandom(8))
 
@@ -144,14 +151,11 @@ class Relay:
         """Durable on return, all or nothing. Raises Overloaded, StoreError."""
         lane = batches[0].app, batches[0].environment
         # Where nothing waits in front of it, it goes on from here, and not through another turn of the store.
-        at_once = self._idle and self._in_hand < _IN_HAND and lane not in self._full
+        at_once = self._idle and self._recording.is_set() and self._in_hand < _IN_HAND and lane not in self._full
         leases = await self._queue.put(batches, lease=at_once)
         self._telemetry.taken(batches[0].app, sum(map(len, batches)))
         crash.point("taken")
-        if leases:
-            crash.point("leased")
-        for lease in leases:
-            self._begin(lease)
+        self._begin_all(leases)
 
     @property
     def room(self) -> int:
@@ -243,10 +247,7 @@ class Relay:
                 continue
             finally:
                 self._idle = False
-            if leases:
-                crash.point("leased")
-            for lease in leases:
-                self._begin(lease)
+            self._begin_all(leases)
 
     async def _take(self, full: frozenset[Lane]) -> Sequence[Lease]:
         """Leases of lanes that are not full; none as soon as other lanes are."""
@@ -261,21 +262,34 @@ class Relay:
             for each in (taking, changing):
                 each.cancel()
 
+    def _begin_all(self, leases: Sequence[Lease]) -> None:
+        if not leases:
+            return
+        crash.point("leased")
+        if self._recording.is_set():
+            for lease in leases:
+                self._begin(lease)
+        else:  # back they go, as soon as the store is well
+            now = self._clock()
+            self._ended += [LeaseEnd(lease.batch.id, lease.attempt, now) for lease in leases]
+            self._news.set()
+
     def _begin(self, lease: Lease) -> None:
         name = lease.batch.app, lease.batch.environment
         lane = self._lanes.get(name)
         if lane is None:
             lane = self._lanes[name] = LaneState()
         progress = Progress(lease, lane)
-        now = self._clock()
-        indices = progress.due(now)
+        moment = self._now()
+        indices = progress.due(moment)
         if progress.fresh:
-            lane.crowd.sent(len(indices), now)
+            lane.crowd.sent(len(indices), moment.steady)
         if any(each.at_most_once for each in progress.batch.headers):
             once = [index for index in indices if progress.headers(index).at_most_once]
             if once:
                 indices = [index for index in indices if not progress.headers(index).at_most_once]
                 progress.open += len(once)
+                progress.set_state(once, State.SENT, moment.wall)  # from now on whatever is recorded says so
                 task = self._loop.create_task(self._carry_once(progress, once))
                 self._cautious.add(task)
                 task.add_done_callback(self._cautious.discard)
@@ -286,18 +300,18 @@ class Relay:
 
     async def _carry_once(self, progress: Progress, indices: Sequence[int]) -> None:
         """Carry these after it is durable that they are being sent: no crash has them sent a second time."""
-        progress.set_state(indices, State.SENT, self._clock())
         try:
-            await self._store.record([progress.outcomes()], ())
+            recorded = await self._store.record([progress.outcomes()], ())
         except StoreError as error:
             _log.error("cannot_record", why=str(error), batches=1)
-            progress.open -= len(indices)
             progress.set_state(indices, State.QUEUED, self._clock())
-            progress.put_off(self._clock() + _STORE_PAUSE_S)
+            progress.put_off(self._now().steady + _STORE_PAUSE_S)
+            progress.open -= len(indices)
             self._note(progress)
             return
         progress.open -= len(indices)
-        self._carry(progress, indices)
+        if progress.batch.id in recorded:  # else the lease ran out meanwhile, and who has the next one sends it
+            self._carry(progress, indices)
 
     def _carry(self, progress: Progress, indices: Sequence[int]) -> None:
         progress.open += len(indices)
@@ -313,7 +327,7 @@ class Relay:
                 progress.forget_trouble(done)
                 progress.lane.count(len(done), 0)
             else:
-                again = progress.decide(done, outcome, self._clock())
+                again = progress.decide(done, outcome, self._now())
                 if again:
                     self._carry(progress, again)
             self._note(progress)
@@ -323,7 +337,7 @@ class Relay:
     # -- settle --------------------------------------------------------------------------------------------------
 
     def _note(self, progress: Progress) -> None:
-        self._dirty[progress.batch.id] = progress
+        self._dirty[progress.batch.id, progress.attempt] = progress
         self._news.set()
 
     async def settle(self) -> None:
@@ -348,7 +362,8 @@ class Relay:
         outcomes = [each.outcomes() for each in dirty.values()]
         removals = {removal for each in dirty.values() for removal in each.removals}
         quarantines = {quarantine for each in dirty.values() for quarantine in each.quarantines}
-        ends = [each.end() for each in dirty.values() if not each.open]
+        now = self._now()
+        ends = [each.end(now) for each in dirty.values() if not each.open]
         try:
             # Both at once share a commit. What is ended here was recorded by the round before.
             await asyncio.gather(self._finish(ended), self._record(outcomes, removals, quarantines))
@@ -359,7 +374,7 @@ class Relay:
         for each in dirty.values():
             each.removals -= removals
             each.quarantines -= quarantines
-        for batch_id in dirty:
+        for batch_id, _ in dirty:
             for changed in self._waiters.get(batch_id, ()):
                 changed.set()
         if ends:

@@ -6,6 +6,7 @@ import math
 import random
 from array import array
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import structlog
 from msgspec.structs import replace
@@ -43,6 +44,15 @@ _ELSEWHERE_MAX_S = 30.0
 
 _LITTLE = array("H", (1,)).tobytes() == b"\1\0"
 """Whether this machine's integers must be turned round for the wire's order."""
+
+
+class Moment(NamedTuple):
+    """Now, by two clocks, in UNIX seconds."""
+
+    wall: float
+    """For expirations and receipts. It may be set."""
+    steady: float
+    """Counts on from the start, whatever is set: for pauses, and all that is measured."""
 
 
 class LaneState:
@@ -96,11 +106,11 @@ class Progress:
         self.open = 0
         """Notifications with the carrier, or about to be."""
         self.due_at: float | None = None
-        """When the earliest deferred one is due."""
+        """When the earliest deferred one is due, by the steady clock."""
         self.retried: set[int] = set()
         """Handed to the carrier a second time under this lease."""
-        self.planned: dict[tuple[Outcome, int, int | None], tuple[float, policy.Again]] = {}
-        """Recent decisions to send again, and until when they hold for others, by outcome, tries and expiration."""
+        self.planned: dict[tuple[Outcome, int, Headers], tuple[float, policy.Again]] = {}
+        """Recent decisions to send again, and until when they hold for others, by outcome, tries and headers."""
 
     def patience_from(self, index: int) -> float:
         """UNIX seconds from which it is counted how long a notification is tried."""
@@ -139,8 +149,9 @@ class Progress:
             times.byteswap()
         return Outcomes(self.batch.id, self.attempt, bytes(self.states), times.tobytes(), tuple(self.details.values()))
 
-    def due(self, now: float) -> Sequence[int]:
+    def due(self, moment: Moment) -> Sequence[int]:
         """What is to be sent now. What came too late ends here."""
+        now = moment.wall
         size = len(self.batch)
         indices: Sequence[int] = range(size)
         if any(self.states) or self.details:
@@ -151,7 +162,7 @@ class Progress:
                 self.details[index] = Detail(index, reason="NoAnswer", why=why, attempts=attempts)
             self.set_state(lost, State.UNKNOWN, now)
             indices = [index for index in range(size) if self.states[index] == State.QUEUED]
-            later = [index for index in indices if _due_at(self.details.get(index)) > now]
+            later = [index for index in indices if _due_at(self.details.get(index)) > moment.steady]
             if later:
                 self.put_off(min(_due_at(self.details.get(index)) for index in later))
                 waiting = set(later)
@@ -174,12 +185,13 @@ class Progress:
             indices = [index for index in indices if index not in gone]
         return indices
 
-    def decide(self, indices: Sequence[int], outcome: Outcome, now: float) -> list[int]:
+    def decide(self, indices: Sequence[int], outcome: Outcome, moment: Moment) -> list[int]:
         """Note what policy says of outcomes that are no plain 200; those to be sent again at once."""
+        now = moment.wall
         again: list[int] = []
         for index in indices:
             attempts = self._attempts(index)
-            decision = self._decision(index, outcome, attempts, now)
+            decision = self._decision(index, outcome, attempts, moment)
             detail = _detail(index, outcome, decision, attempts)
             before = self.details.get(index)
             if before is not None and before.again_from is not None:
@@ -193,13 +205,14 @@ class Progress:
                 if decision.removed_since is not None:
                     self.removals.add(_removal(self.batch, index, decision.removed_since))
                 if decision.quarantined_until is not None:
-                    self._hold_back(index, decision.quarantined_until, now)
+                    self._hold_back(index, decision.quarantined_until, moment.steady)
             elif decision.at <= now and index not in self.retried:
                 self.retried.add(index)
                 detail = replace(detail, attempts=attempts + decision.counted)
                 again.append(index)
             else:
-                due_at = decision.at if decision.at > now else now + _elsewhere_s(now - self.batch.created_at)
+                pause = decision.at - now if decision.at > now else _elsewhere_s(now - self.batch.created_at)
+                due_at = moment.steady + pause
                 detail = replace(detail, attempts=attempts + decision.counted, due_at=due_at)
                 if self.states[index] == State.SENT:  # it certainly was not acted on
                     self.set_state((index,), State.QUEUED, now)
@@ -207,30 +220,30 @@ class Progress:
             self.details[index] = detail
         return again
 
-    def _decision(self, index: int, outcome: Outcome, attempts: int, now: float) -> policy.Decision:
+    def _decision(self, index: int, outcome: Outcome, attempts: int, moment: Moment) -> policy.Decision:
         """What follows; what of a batch is to be sent again for one reason shares a time, and so a lease."""
         headers = self.headers(index)
-        reason = (outcome, attempts, headers.expiration)
+        reason = (outcome, attempts, headers)
         until, shared = self.planned.get(reason, (0.0, None))
         crowd = self.lane.crowd
         answered = isinstance(outcome, Answered)
-        if shared is not None and now < until:
+        if shared is not None and moment.steady < until:
             if answered:
                 crowd.plan()
             return shared
         decision = policy.decide(
             outcome,
             attempts,
-            now,
+            moment.wall,
             created_at=self.patience_from(index),
             expiration=headers.expiration,
             at_most_once=headers.at_most_once,
-            crowd_s=crowd.wait_s(now),
+            crowd_s=crowd.wait_s(moment.steady),
             random=random.random(),  # noqa: S311 - spreads retries, guards nothing
         )
-        if isinstance(decision, policy.Again) and decision.at > now:
+        if isinstance(decision, policy.Again) and decision.at > moment.wall:
             decision = replace(decision, at=decision.at + _TOGETHER_S)  # nobody's pause becomes shorter by sharing it
-            self.planned[reason] = now + _TOGETHER_S, decision
+            self.planned[reason] = moment.steady + _TOGETHER_S, decision
             if answered:
                 crowd.plan()
         return decision
@@ -248,13 +261,15 @@ class Progress:
             _log.error("apple_knows_few_tokens", app=batch.app, environment=batch.environment.value, hint=hint)
 
     def put_off(self, due_at: float) -> None:
-        """Something of it is not due before that."""
+        """Something of it is due then, by the steady clock."""
         self.due_at = due_at if self.due_at is None else min(self.due_at, due_at)
 
-    def end(self) -> LeaseEnd:
+    def end(self, moment: Moment) -> LeaseEnd:
         """How its lease ends, once nothing is open."""
-        again_at = None if State.QUEUED not in self.states else self.due_at or 0.0
-        return LeaseEnd(self.batch.id, self.attempt, again_at)
+        if State.QUEUED not in self.states:
+            return LeaseEnd(self.batch.id, self.attempt)
+        pause = 0.0 if self.due_at is None else self.due_at - moment.steady
+        return LeaseEnd(self.batch.id, self.attempt, moment.wall + pause)
 
     def _attempts(self, index: int) -> int:
         detail = self.details.get(index)

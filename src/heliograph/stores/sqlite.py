@@ -34,6 +34,7 @@ from heliograph.batches import notification_id, parse_id
 from heliograph.errors import Overloaded, StoreError
 from heliograph.model import (
     Batch,
+    Detail,
     Environment,
     Lane,
     Lease,
@@ -116,6 +117,11 @@ UPDATE job SET attempt = attempt - 1, leased_until = NULL FROM (VALUES {rows})
 WHERE row = column1 AND attempt = column2
 RETURNING line, due_at"""
 
+_PUT_BACK = """
+UPDATE job SET attempt = 0, leased_until = NULL FROM (VALUES {rows})
+WHERE row = (SELECT row FROM batch WHERE id = column1) AND attempt = 1
+RETURNING line, due_at"""
+
 _DONE = """
 DELETE FROM job WHERE row IN (
     SELECT row FROM (VALUES {rows}) CROSS JOIN batch ON id = column1 CROSS JOIN job USING (row)
@@ -134,7 +140,8 @@ SELECT row, column2, column3, column4, column5,
 FROM (VALUES {rows}) CROSS JOIN job ON row = (SELECT row FROM batch WHERE id = column1)
 WHERE attempt <= column2
 ON CONFLICT (row) DO UPDATE SET attempt = excluded.attempt, states = excluded.states, times_ms = excluded.times_ms,
-    details = excluded.details, buried_id = excluded.buried_id, buried_app = excluded.buried_app"""
+    details = excluded.details, buried_id = excluded.buried_id, buried_app = excluded.buried_app
+RETURNING (SELECT id FROM batch WHERE batch.row = outcome.row)"""
 
 _REMOVE = """
 INSERT INTO removal (app, environment, token, since, recorded_at) VALUES {rows}
@@ -339,16 +346,17 @@ class SqliteStore:
 
     async def record(
         self, outcomes: Sequence[Outcomes], removals: Sequence[Removal], quarantines: Sequence[Quarantine] = ()
-    ) -> None:
+    ) -> Collection[str]:
         if not outcomes and not removals and not quarantines:
-            return
+            return ()
         now = self._now()
         ahead = now - self._clock()
         known = [_outcome_row(each) for each in outcomes]
         dead = [(each.app, each.environment.value, _octets(each.token), each.since, now) for each in removals]
         held = [(each.app, each.environment.value, _octets(each.token), each.until + ahead) for each in quarantines]
         self._note_held([each.token.encode() for each in removals] + [each.token.encode() for each in quarantines])
-        await self._writer.run(_record, (known, dead, held))
+        recorded = await self._writer.run(_record, (known, dead, held))
+        return {each.batch_id for each, row in zip(outcomes, known, strict=True) if row[0] in recorded}
 
     async def find_receipts(self, ids: Sequence[str]) -> Sequence[Receipt | None]:
         receipts: list[Receipt | None] = [None] * len(ids)
@@ -359,7 +367,7 @@ class SqliteStore:
                 wanted.setdefault(text[:-4], []).append(position)
         if wanted:
             for row in await self._read(_RECEIPTS, apsw.carray(tuple(map(_key, wanted)))):
-                details = {detail.index: detail for detail in decode_details(row[-1])}
+                details = _details(row[-1])
                 for position in wanted[_text(row[0])]:
                     receipts[position] = receipt(canonical[position], row, details)
         return receipts
@@ -385,7 +393,7 @@ class SqliteStore:
             rows = reader.execute(_BURIED, (key,)) if app is None else reader.execute(_BURIED_OF_APP, (app, key))
             with contextlib.closing(rows):  # it may not be read to its end
                 for row in rows:
-                    details = {detail.index: detail for detail in decode_details(row[-1])}
+                    details = _details(row[-1])
                     buried = [index for index, state in enumerate(row[4]) if state == State.BURIED]
                     for name in (notification_id(_text(row[0]), index) for index in reversed(buried)):
                         if len(found) >= limit:
@@ -471,6 +479,7 @@ class SqliteStore:
         self._held.add(tokens)
         if self._held.crowded:  # a larger one will be read
             self._held = None
+            self._newly_held.extend(tokens)
 
     async def _read_held(self) -> None:
         """Fill `_held` from the file. What is recorded meanwhile is in `_newly_held`, whether it is read or not."""
@@ -507,7 +516,7 @@ class SqliteStore:
     def _unlease(self, leased: Overloaded | Collection[bytes]) -> None:
         """Nobody is there for what was leased with a put."""
         if leased and not isinstance(leased, Overloaded):
-            self._run_unattended(self._finish, ([], [(key, 1, self._now()) for key in leased]))
+            self._run_unattended(self._put_back, [(key,) for key in leased])
 
     def _readable(self, rows: Sequence[Row]) -> list[Lease]:
         """Leases of rows of `_LEASED`. What is damaged is buried here: it must not hold up the others."""
@@ -610,6 +619,10 @@ class SqliteStore:
 
     def _give_back(self, db: apsw.Connection, calls: Sequence[list[Row]]) -> list[None]:
         self._stir(self._read_turns(db), _write_rows(db, _GIVE_BACK, list(chain.from_iterable(calls))))
+        return [None] * len(calls)
+
+    def _put_back(self, db: apsw.Connection, calls: Sequence[list[Row]]) -> list[None]:
+        self._stir(self._read_turns(db), _write_rows(db, _PUT_BACK, list(chain.from_iterable(calls))))
         return [None] * len(calls)
 
     def _finish(self, db: apsw.Connection, calls: Sequence[tuple[list[Row], list[Row]]]) -> list[None]:
@@ -730,11 +743,14 @@ async def _in_steps() -> AsyncIterator[None]:
     crash.point("purge")
 
 
-def _record(db: apsw.Connection, calls: Sequence[tuple[list[Row], list[Row], list[Row]]]) -> list[None]:
-    _write_rows(db, _RECORD, [row for known, _, _ in calls for row in known])
+def _record(db: apsw.Connection, calls: Sequence[tuple[list[Row], list[Row], list[Row]]]) -> list[Collection[bytes]]:
+    """The keys of the batches that were recorded, for each call."""
+    recorded: list[Collection[bytes]] = []
+    for known, _, _ in calls:
+        recorded.append({key for (key,) in _write_rows(db, _RECORD, known)})
     _write_rows(db, _REMOVE, [row for _, dead, _ in calls for row in dead])
     _write_rows(db, _QUARANTINE, [row for _, _, held in calls for row in held])
-    return [None] * len(calls)
+    return recorded
 
 
 def _save_apps(db: apsw.Connection, calls: Sequence[Row]) -> list[None]:
@@ -835,6 +851,14 @@ def _outcome_row(known: Outcomes) -> Row:
     buried = State.BURIED in known.states
     details = encode_details(known.details)
     return _key(known.batch_id), known.attempt, known.states, known.times_ms, details, buried
+
+
+def _details(stored: bytes | None) -> dict[int, Detail]:
+    """By index. Where they are damaged the states still count, and no other batch's reader may suffer."""
+    try:
+        return {detail.index: detail for detail in decode_details(stored)}
+    except StoreError:
+        return {}
 
 
 def _octets(token: str) -> bytes:

@@ -78,12 +78,9 @@ def prepare(db: apsw.Connection, path: Path, now: float) -> int:
         raise StoreError(f"{path} is on a file system without shared memory. Put the store on a local disk.")
     with db:
         migrate(db, path, tuple(migrations()))
+        # What was leased, and what was never tried, was due, whatever the clock said then.
+        db.execute("UPDATE job SET due_at = ?1 WHERE due_at > ?1 AND (leased_until IS NOT NULL OR attempt = 0)", (now,))
         db.execute("UPDATE job SET leased_until = NULL WHERE leased_until IS NOT NULL")
-        # What was never tried was due when it came in, whatever the clock said then.
-        db.execute(
-            "UPDATE job SET due_at = ?1 WHERE due_at > ?1 AND leased_until IS NULL AND attempt = 0",
-            (now,),
-        )
     return int(db.execute("SELECT total(size) FROM job").get)
 
 

@@ -59,8 +59,9 @@ _ALARM_S = 60.0
 """The same trouble is not logged more often."""
 
 
-_DRAIN_S = 25.0
-"""How long open streams may take to be answered when the server stops, which promises to be gone after 30 s."""
+_DRAIN_S = 15.0
+"""How long open streams may take to be answered when the server stops, which promises to be gone
+after 30 s, and may have let callers finish for 10."""
 
 
 class PoolSettings(Struct, frozen=True):
@@ -398,12 +399,16 @@ class Pool:
             endpoint = self._endpoint
             why = f"cannot connect to {endpoint.host}:{endpoint.port}: {str(error) or type(error).__name__}"
             self._failed(why, error)
+        except Exception as error:  # noqa: BLE001 - a fault of ours must not keep the pool from trying again
+            _log.exception("apns_connect_failed", host=self._endpoint.host)
+            self._failed(f"cannot connect to {self._endpoint.host}: {type(error).__name__}", error)
         else:
             if connection.closed.done():
                 self._failed(f"{self._endpoint.host} ended a new connection: {connection.goodbye}")
             else:
                 self._connections.append(connection)
-        self._connecting = None
+        finally:
+            self._connecting = None
         self._pump_soon()
 
     async def _open(self) -> Connection:
