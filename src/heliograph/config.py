@@ -13,6 +13,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
+from ipaddress import IPv6Address
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 from urllib.parse import urlsplit
@@ -30,8 +31,13 @@ PREFIX = "HELIOGRAPH_"
 NOT_SETTINGS = frozenset({"HELIOGRAPH_CONFIG", "HELIOGRAPH_URL", "HELIOGRAPH_KEY", "HELIOGRAPH_CRASH_AT"})
 """Variables with the prefix that others read: the command line, `crash`."""
 
+MAX_CREDENTIALS = 16
+"""Of one app: opening each may take some time."""
+
 _MAX_SECRET_BYTES = 64 * 1024
 _OTHERS_MAY = 0o007
+_LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+_is_host_name = re.compile(rf"(?=.{{1,253}}\Z){_LABEL}(?:\.{_LABEL})*\.?").fullmatch
 is_app_name = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}").fullmatch
 """Whether an app may be called so."""
 
@@ -93,6 +99,9 @@ class CredentialSettings(Struct, frozen=True, kw_only=True):
     environment: Environments | None = None
     """None: production for a key, what the certificate says for a certificate."""
 
+    def __repr__(self) -> str:
+        return "<settings of credentials>"  # before `load` has looked, a secret may stand where a reference should
+
 
 class AppSettings(CredentialSettings, frozen=True, kw_only=True):
     """`[apps.NAME]`: an app, and what Apple knows us by."""
@@ -111,8 +120,13 @@ class AppSettings(CredentialSettings, frozen=True, kw_only=True):
     proxy: str | None = None
     """An HTTP proxy to go through: http://HOST:PORT, or a reference to a file with the URL."""
 
+    def __repr__(self) -> str:
+        return "<settings of an app>"
+
     def __post_init__(self) -> None:
         """Raises ValueError."""
+        if len(self.credentials) > MAX_CREDENTIALS:
+            raise ValueError(f"has {len(self.credentials)} credentials, and {MAX_CREDENTIALS} are enough: remove some")
         for number, each in enumerate(self.each_credentials(), 1):
             try:
                 _check_credentials(each)
@@ -218,6 +232,22 @@ def check_target(host: str | None, port: int, *, ca: bool) -> None:
         raise ValueError(f"has port {port}, but Apple listens on 443 and 2197: take one of these, or add host")
     if host is None and ca:
         raise ValueError("has a ca, but no host that it could be for: add host")
+    if host is not None and not _is_host(host):
+        raise ValueError(
+            "has a host that is neither a name nor an address: write it alone, without http://, brackets and blanks; a "
+            "port goes into port"
+        )
+
+
+def _is_host(text: str) -> bool:
+    """A name of the DNS (RFC 1123, with the underscores that containers have; IDNs as xn--), or an IP address."""
+    if ":" not in text:
+        return _is_host_name(text) is not None
+    try:
+        IPv6Address(text)
+    except ValueError:
+        return False
+    return "%" not in text or _is_host_name(text.partition("%")[2]) is not None
 
 
 def check_proxy(url: str, *, secret: bool = False) -> None:

@@ -15,13 +15,15 @@ To change the master key: `rotate` writes a new one in front. At the next start 
 from __future__ import annotations
 
 import binascii
+import contextlib
+import fcntl
 import hmac
 import os
 import secrets
 import stat
 import tempfile
 from base64 import b64decode, b64encode
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from cryptography.exceptions import InvalidTag
@@ -116,12 +118,27 @@ def load_or_make(path: Path) -> Vault:
 
 def rotate(path: Path) -> Vault:
     """Write a new master key in front of the others; all at once, or not at all. Raises ConfigError."""
-    keys = [secrets.token_bytes(KEY_BYTES), *_read(path)]
     try:
-        _write(path, keys, anew=False)
+        with _alone_in(path.parent):
+            keys = [secrets.token_bytes(KEY_BYTES), *_read(path)]
+            _write(path, keys, anew=False)
     except OSError as error:
         raise ConfigError(f"The master keys cannot be written to {path} ({error.strerror}): correct its mode") from None
     return Vault(keys)
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """One at a time: of two that read the same keys, the second would write over the key of the first.
+
+    It is the folder that is locked, as the file is another one afterwards. Raises OSError.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _id_of(key: bytes) -> bytes:

@@ -524,6 +524,40 @@ async def test_bad_input_is_told_in_words_that_help(caller: Caller, content: Any
     assert token(1) not in json.dumps(problem)
 
 
+@pytest.mark.parametrize("name", ["x" * (1 << 20), " - at `$x" * 1000, "x` - at `$notifications[0]" * 1000])
+@pytest.mark.parametrize("form", ['{"%s": 1}', '{"title": {"%s": 1}}', '{"notifications": [{"%s": 1}]}'])
+async def test_a_field_name_of_any_length_is_named_by_its_beginning(name: str, form: str) -> None:
+    with pytest.raises(exchange.Problem) as caught:
+        read((form % name).encode())
+    assert caught.value.code == "UnknownField"
+    assert len(caught.value.answer().body) < 1000
+
+
+@pytest.mark.parametrize("value", ["y" * 100_000, " - at `$x" * 1000, "`"])
+async def test_a_value_that_is_none_of_a_few_is_not_repeated(value: str) -> None:
+    with pytest.raises(exchange.Problem) as caught:
+        read({"token": token(1), "push_type": value})
+    assert (caught.value.code, caught.value.errors[0].field) == ("InvalidPushType", "push_type")
+    assert value not in caught.value.detail
+
+
+def test_of_thousands_of_wrong_members_the_first_are_told_and_all_are_counted() -> None:
+    with pytest.raises(exchange.Problem) as caught:
+        read({"notifications": [{f"titel{number}": "x"} for number in range(10_000)]})
+    assert [each.index for each in caught.value.errors] == list(range(100))
+    assert caught.value.detail.startswith("10000 things are wrong")
+    with pytest.raises(exchange.Problem) as caught:
+        read({"notifications": [{"titel": "x"}] * 10_001})
+    assert (caught.value.status, caught.value.code) == (413, "TooManyNotifications")
+
+
+def test_what_a_caller_sent_is_not_shown() -> None:
+    content = {"token": "cafe0123", "payload": {"aps": {"alert": "a secret"}}}
+    for shown in (repr(api._parse(json.dumps(content).encode(), api._Post)), repr(read(content))):
+        assert "cafe0123" not in shown
+        assert "a secret" not in shown
+
+
 @pytest.mark.parametrize("query", ["?wait=nan", "?wait=x", "?wait=", "?wait=31"])
 async def test_a_wait_that_is_no_time_is_refused(caller: Caller, query: str) -> None:
     assert (await caller.complaint({"token": token(1), "title": "x"}, query=query))["code"] == "BadWait"
@@ -800,7 +834,7 @@ async def test_apps_that_come_while_the_door_is_open_are_seen(tmp_path: Path, ap
 
 
 async def test_paths_beside_those_of_the_door_need_the_key_too(tmp_path: Path, apple: Simulator) -> None:
-    async def hello(_: exchange.Exchange) -> exchange.Answer:
+    async def hello(_: exchange.Exchange, __: api.Read) -> exchange.Answer:
         return exchange.Answer(200, b'"hello"')
 
     async with open_house(tmp_path, apple, working=False) as house:
@@ -812,10 +846,36 @@ async def test_paths_beside_those_of_the_door_need_the_key_too(tmp_path: Path, a
             assert (await bare.caller.ask("GET", "/v1/hello", headers=wrong))[0] == 401
 
 
+async def test_bodies_read_beside_count_with_the_others_within_a_maximum_of_their_own(
+    tmp_path: Path, apple: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api, "MAX_HELD_BYTES", 1000)
+
+    async def size(_: exchange.Exchange, body: bytes) -> exchange.Answer:
+        return exchange.Answer(200, b"%d" % len(body))
+
+    async def put(exchanged: exchange.Exchange, read: api.Read) -> exchange.Answer:
+        return await read(exchanged, size, 800)
+
+    async with open_house(tmp_path, apple, working=False) as house:
+        door = Api(house.relay, ["example"], KEY.encode(), {"/v1/hello": {"PUT": put}}.get)
+        async with serving_door(door, house.relay) as bare:
+            assert (await bare.caller.ask("PUT", "/v1/hello", bytes(800)))[:2] == (200, 800)
+            status, problem, _ = await bare.caller.ask("PUT", "/v1/hello", bytes(801))
+            assert (status, problem["code"]) == (413, "RequestTooLarge")
+            assert "longer than 800 octets" in problem["detail"]
+            slow = await bare.begin(b"{", length=500)
+            await bare.holds(500)
+            status, problem, _ = await bare.caller.ask("PUT", "/v1/hello", bytes(501))
+            assert (status, problem["code"]) == (503, "Busy")
+            await slow.close()
+            await bare.holds(0)
+
+
 async def test_our_own_fault_is_told_and_logged(
     tmp_path: Path, apple: Simulator, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def fail(_: exchange.Exchange) -> exchange.Answer:
+    async def fail(_: exchange.Exchange, __: api.Read) -> exchange.Answer:
         raise ZeroDivisionError
 
     async with open_house(tmp_path, apple, working=False) as house:
@@ -878,7 +938,7 @@ async def test_the_buried_are_listed_page_by_page_and_sent_again_when_asked(tmp_
         ("POST", "/replay", b'{"ids": [1]}', "BadType"),
         ("POST", "/replay", b'{"ids": [], "id": "x"}', "UnknownField"),
         ("POST", "/replay", b"{", "InvalidJson"),
-        ("POST", "/replay", json.dumps({"ids": ["x"] * 10_001}).encode(), "TooManyNotifications"),
+        ("POST", "/replay", json.dumps({"ids": ["x"] * 1001}).encode(), "TooManyNotifications"),
         ("POST", "", b"", "MethodNotAllowed"),
         ("GET", "/replay", None, "MethodNotAllowed"),
     ],

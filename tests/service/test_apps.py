@@ -25,6 +25,7 @@ from heliograph import service, vault
 from heliograph.apps import Directory
 from heliograph.batches import new_batch_id
 from heliograph.config import ApiSettings, AppSettings, Config, CredentialSettings, Environments
+from heliograph.doors import apps as apps_door
 from heliograph.errors import ConfigError, StoreError
 from heliograph.model import Batch, Environment, Headers, LeaseEnd, State
 from heliograph.net.tls import server_context, throwaway_identity
@@ -506,6 +507,12 @@ async def test_an_app_of_the_configuration_is_shown_and_cannot_be_changed(tmp_pa
         ({"port": "443"}, "BadType", "port: expected"),
         ({"environment": "sandbox"}, "BadEnvironment", "environment must be one of production, development, both"),
         ({"teamid": "x"}, "UnknownField", "Did you mean team_id?"),
+        ({"x" * 400_000: "x"}, "UnknownField", "x...' here. Known here are key, "),
+        ({" - at `$x" * 10_000: "x"}, "UnknownField", "There is no field ' - at `$x"),
+        ({"credentials": [{"topic": "x"}]}, "UnknownField", "There is no field 'topic' here."),
+        ({"credentials": [{"key": 1}]}, "BadType", "credentials[0].key: expected str"),
+        ({"host": "apple.example:443"}, "BadApp", "a port goes into port"),
+        ({"host": "x\r\nProxy-Authorization: Basic x"}, "BadApp", "neither a name nor an address: write it alone"),
     ],
 )
 async def test_an_app_that_cannot_be_is_refused_with_what_to_change(
@@ -517,8 +524,17 @@ async def test_an_app_that_cannot_be_is_refused_with_what_to_change(
         assert (status, problem["code"]) == (400, code)
         assert words in problem["detail"]
         assert problem["detail"][-1] in ".?"
+        assert len(problem["detail"]) < 400
         assert apple.signing_key.pem.decode().splitlines()[1] not in problem["detail"]
         assert (await caller.ask("GET", "/v1/apps"))[1] == {"apps": []}
+
+
+def test_what_an_app_is_made_of_is_not_shown() -> None:
+    made = {"key": "very-secret", "key_id": "ABC123DEFG", "proxy": "http://me:very-secret@proxy.example.com:1"}
+    body = apps_door._parse(json.dumps({**made, "credentials": [{"passphrase": "very-secret"}]}).encode())
+    assert body.credentials is not None
+    for each in (body, *body.credentials):
+        assert "very-secret" not in repr(each)
 
 
 async def test_a_body_that_is_no_app_is_refused(tmp_path: Path, apple: Simulator) -> None:
@@ -527,6 +543,20 @@ async def test_a_body_that_is_no_app_is_refused(tmp_path: Path, apple: Simulator
         status, problem = await caller.ask("PUT", "/v1/apps/a%20b", body_for(apple))
         assert status == 400
         assert "name must be letters" in problem["detail"]
+
+
+async def test_the_api_cannot_take_the_name_of_a_configured_app_that_cannot_be_used(
+    tmp_path: Path, apple: Simulator
+) -> None:
+    broken = config_of(tmp_path, apple)
+    write(tmp_path / "shop.p8", b"half a k")
+    async with calling(config_of(tmp_path), reread=lambda: broken) as caller:
+        with capture_logs() as logs:
+            await caller.running.apps.reload()
+        assert "app_left_out" in [each["event"] for each in logs]
+        for method, body in (("PUT", body_for(apple)), ("DELETE", None)):
+            status, problem = await caller.ask(method, "/v1/apps/shop", body)
+            assert (status, problem["code"]) == (409, "ConfiguredApp")
 
 
 # -- the master key --------------------------------------------------------------------------------------------------

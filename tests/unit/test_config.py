@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from heliograph.config import Config, Environments, load, read_secret
+from heliograph.config import AppSettings, Config, CredentialSettings, Environments, load, read_secret
 from heliograph.errors import ConfigError
 from heliograph.model import Environment
 
@@ -167,6 +167,48 @@ def test_what_does_not_fit_is_told_with_its_place(file: Path, text: str, words: 
     assert str(file) in said
 
 
+HOSTS = [
+    "",
+    " ",
+    "a b",
+    "push.example.com ",
+    "push.example.com\r\nX: y",
+    "push.example.com\n",
+    "push.example.com:443",
+    "[::1]",
+    "[::1]:443",
+    "::1:x",
+    "http://push.example.com",
+    "me@push.example.com",
+    "push..example.com",
+    "-push.example.com",
+    "x" * 64,
+    "x." * 127,
+    "push.exämple.com",
+    "push\0",
+]
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_host_is_a_name_or_an_address_and_nothing_else(host: str) -> None:
+    with pytest.raises(ValueError, match=r"^has a host that is neither a name nor an address: write it alone"):
+        AppSettings(topic="a", key="file:a", team_id="b", host=host)
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["localhost", "push.example.com", "push.example.com.", "my_apple", "127.0.0.1", "::1", "fe80::1%eth0", "x." * 126],
+)
+def test_what_names_a_machine_is_a_host(host: str) -> None:
+    assert AppSettings(topic="a", key="file:a", team_id="b", host=host).host == host
+
+
+def test_settings_do_not_show_what_may_be_a_secret() -> None:
+    table = CredentialSettings(key="very_secret", team_id="b")
+    shop = AppSettings(topic="a", credentials=(table,), proxy="file:very_secret")
+    assert "very_secret" not in repr(table) + repr(shop) + repr(Config(apps={"shop": shop}))
+
+
 def test_what_does_not_fit_in_a_variable_is_told_by_its_name() -> None:
     assert complaint(None, HELIOGRAPH_API__PORT="x").startswith("HELIOGRAPH_API__PORT does not fit")
     assert "did you mean HELIOGRAPH_API__PORT?" in complaint(None, HELIOGRAPH_API__PROT="1")
@@ -258,3 +300,8 @@ def test_a_secret_that_is_no_file_is_told(tmp_path: Path) -> None:
 def test_the_tree_is_frozen() -> None:
     with pytest.raises(AttributeError):
         Config().data = "x"  # type: ignore[misc]
+
+
+def test_more_credentials_than_an_app_can_need_are_refused() -> None:
+    with pytest.raises(ValueError, match="has 17 credentials, and 16 are enough"):
+        AppSettings(topic="com.example.shop", credentials=(CredentialSettings(certificate="a.p12"),) * 17)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import stat
 from base64 import b64encode
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -145,6 +146,16 @@ def test_rotation_puts_a_new_key_in_front_of_the_others(tmp_path: Path) -> None:
     assert [each.name for each in tmp_path.iterdir()] == ["master-key"]
 
 
+def test_rotations_at_once_lose_no_key(tmp_path: Path) -> None:
+    path = tmp_path / "master-key"
+    load_or_make(path)
+    with ThreadPoolExecutor(8) as several:
+        vaults = list(several.map(rotate, [path] * 32))
+    last = load_or_make(path)
+    assert all(last.open("shop", each.seal("shop", SECRET)) == SECRET for each in vaults)
+    assert len(path.read_text().splitlines()) == 33
+
+
 def test_old_line_may_be_taken_out_when_all_is_sealed_anew(tmp_path: Path) -> None:
     path = tmp_path / "master-key"
     old = load_or_make(path).seal("shop", SECRET)
@@ -243,6 +254,8 @@ def test_file_of_master_keys_may_have_lines_of_windows_and_empty_ones(tmp_path: 
 def test_rotation_without_a_master_key_says_so(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is no file"):
         rotate(tmp_path / "master-key")
+    with pytest.raises(ConfigError, match="No such file"):
+        rotate(tmp_path / "absent" / "master-key")
 
 
 def test_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:

@@ -204,7 +204,8 @@ class Directory:
 
     def is_configured(self, name: str) -> bool:
         """It is in the configuration, and so not for the API to change."""
-        return name in self._configured
+        # Whether it could be used or not: a name is the API's to take only where the configuration has none such.
+        return name in self._settings
 
     def _refuse_configured(self, name: str) -> None:
         if self.is_configured(name):

@@ -12,18 +12,27 @@ import asyncio
 import hmac
 import math
 import re
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from difflib import get_close_matches
 from operator import attrgetter
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 from urllib.parse import parse_qs
 
 import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
 
 from heliograph import payload, reasons
-from heliograph.doors.exchange import Answer, ErrorItem, Exchange, Gone, Problem
+from heliograph.doors.exchange import (
+    MAX_BODY_BYTES,
+    Answer,
+    ErrorItem,
+    Exchange,
+    Gone,
+    Problem,
+    closest,
+    dissect,
+    shown,
+)
 from heliograph.errors import Overloaded, Refused, StoreError
 from heliograph.model import MAX_BATCH, Batch, Environment, Headers, PushType, Receipt, State
 from heliograph.payload import CriticalSound, LiveActivity, Localized
@@ -56,6 +65,9 @@ MAX_HELD_BYTES = 32 * 1024 * 1024
 
 MAX_PAGE = 1000
 """Receipts in one answer, at most."""
+
+MAX_REPLAY = 1000
+"""Ids to replay in one request, at most."""
 
 _RETRY_S = 5
 """When to try again where the store is full or fails; where only too many came at once, `_BUSY_S`."""
@@ -103,6 +115,9 @@ class _Fields(Struct, forbid_unknown_fields=True):
     collapse_id: str | None = None
     collapse: bool | None = None
     at_most_once: bool | None = None
+
+    def __repr__(self) -> str:
+        return "<what a caller wants sent>"
 
 
 class _Item(_Fields):
@@ -168,6 +183,9 @@ class _Columns(Struct):
     tokens: Sequence[str]
     payloads: Sequence[bytes]
 
+    def __repr__(self) -> str:
+        return f"<columns of {len(self.tokens)} notifications>"
+
 
 class _ReceiptBody(Struct):
     """A receipt as JSON. Times are RFC 3339, in UTC."""
@@ -185,7 +203,17 @@ class _ReceiptBody(Struct):
     unique_id: str | None
 
 
-Handlers = Mapping[str, Callable[[Exchange], Awaitable[Answer]]]
+class Read(Protocol):
+    """Reads a request's body, of `most` octets at most, which count as in hand until `use` is through with it."""
+
+    async def __call__(
+        self, exchange: Exchange, use: Callable[[Exchange, bytes], Awaitable[T]], most: int = MAX_BODY_BYTES, /
+    ) -> T:
+        """What `use` makes of it. Raises Problem, Gone, and what `use` raises."""
+        ...
+
+
+Handlers = Mapping[str, Callable[[Exchange, Read], Awaitable[Answer]]]
 """What answers at a path, by method."""
 
 
@@ -263,7 +291,7 @@ class Api:
             raise _busy(f"{MAX_REQUESTS} requests are in hand already")
         self._requests += 1
         try:
-            return await handler(exchange)
+            return await handler(exchange, self._read)
         finally:
             self._requests -= 1
 
@@ -283,10 +311,10 @@ class Api:
                 headers=((b"www-authenticate", b"Bearer"),),
             )
 
-    async def _post(self, exchange: Exchange) -> Answer:
+    async def _post(self, exchange: Exchange, read: Read) -> Answer:
         if self._relay.room <= 0:
             raise Overloaded("As many notifications are waiting as are kept: try again later.", retry_after_s=_RETRY_S)
-        batches, single, wait_s = await self._read(exchange, self._take)
+        batches, single, wait_s = await read(exchange, self._take)
         if not single:
             return Answer(202, _ids_body(batches))
         notification_id = batches[0].id + _PLACES[0]
@@ -298,8 +326,10 @@ class Api:
             return Answer(202, _encode({"id": notification_id, "receipt": where}), headers)
         return Answer(202 if receipt.state in _NOT_FINAL else 200, _encode(_receipt_body(receipt)), headers)
 
-    async def _read(self, exchange: Exchange, use: Callable[[Exchange, bytes], Awaitable[T]]) -> T:
-        """What `use` makes of the body, which counts as held until then."""
+    async def _read(
+        self, exchange: Exchange, use: Callable[[Exchange, bytes], Awaitable[T]], most: int = MAX_BODY_BYTES, /
+    ) -> T:
+        """As `Read` has it."""
         held = 0
 
         def hold(octets: int) -> None:
@@ -310,7 +340,7 @@ class Api:
             held = octets
 
         try:
-            return await use(exchange, await exchange.read(hold))
+            return await use(exchange, await exchange.read(hold, most))
         finally:
             self._held_bytes -= held
 
@@ -351,13 +381,13 @@ class Api:
             self._requests += 1
             self._waits.discard(wait)
 
-    async def _get(self, exchange: Exchange) -> Answer:
+    async def _get(self, exchange: Exchange, _: Read) -> Answer:
         (receipt,) = await self._relay.receipts([exchange.path.rpartition("/")[2]])
         if receipt is None:
             raise Problem(404, "UnknownNotification", "No notification with this id was ever taken here.")
         return Answer(200, _encode(_receipt_body(receipt)))
 
-    async def _buried(self, exchange: Exchange) -> Answer:
+    async def _buried(self, exchange: Exchange, _: Read) -> Answer:
         query = _query(exchange, ("app", "before", "limit"))
         limit = query.get("limit", "100")
         if not (len(limit) <= 4 and limit.isascii() and limit.isdecimal() and 1 <= int(limit) <= MAX_PAGE):
@@ -372,12 +402,12 @@ class Api:
         more = page[-1].id if len(found) > count else None
         return Answer(200, _encode({"buried": list(map(_receipt_body, page)), "next": more}))
 
-    async def _replay(self, exchange: Exchange) -> Answer:
-        return await self._read(exchange, self._replay_those)
+    async def _replay(self, exchange: Exchange, read: Read) -> Answer:
+        return await read(exchange, self._replay_those)
 
     async def _replay_those(self, _: Exchange, body: bytes) -> Answer:
         ids = _parse(body, _Replay).ids
-        _check_count("ids", len(ids))
+        _check_count("ids", len(ids), MAX_REPLAY)
         return Answer(200, _encode({"replayed": list(await self._relay.replay(ids))}))
 
 
@@ -431,8 +461,8 @@ def _query(exchange: Exchange, names: Sequence[str]) -> dict[str, str]:
     parameters = parse_qs(exchange.query.decode("ascii", "replace"), keep_blank_values=True)
     for name in parameters:
         if name not in names:
-            text = f"The query may hold {', '.join(names)} only: there is {_shown(name)!r}."
-            raise Refused("UnknownParameter", text, field=_shown(name))
+            text = f"The query may hold {', '.join(names)} only: there is {shown(name)!r}."
+            raise Refused("UnknownParameter", text, field=shown(name))
     return {name: values[-1] for name, values in parameters.items()}
 
 
@@ -477,12 +507,12 @@ def _columns(post: _Post) -> _Columns:
     return _Columns(_headers_column(items, post), tokens, _payloads_column(items, post))
 
 
-def _check_count(name: str, count: int) -> None:
-    if count > MAX_NOTIFICATIONS:
+def _check_count(name: str, count: int, most: int = MAX_NOTIFICATIONS) -> None:
+    if count > most:
         raise Problem(
             413,
             "TooManyNotifications",
-            f"{name} has {count} entries and one request takes {MAX_NOTIFICATIONS}: send several requests.",
+            f"{name} has {count} entries and one request takes {most}: send several requests.",
         )
 
 
@@ -572,8 +602,6 @@ def _make_content(raw: Raw | UnsetType, content: tuple[Any, ...], push_type: Pus
 # -- what is wrong with it -------------------------------------------------------------------------------------------
 
 _place = re.compile(r"(?:tokens|notifications)\[(\d+)\]\.?").match
-_complaint = re.compile(r"(.*?)(?: - at `\$\.?(.*)`)?", re.DOTALL).fullmatch
-_unknown_field = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL).fullmatch
 _quoted = re.compile(r"`([^`]*)`")
 _JSON_NAMES = {
     "str": "a string",
@@ -588,67 +616,69 @@ _JSON_NAMES = {
 
 def _invalid(body: bytes, kind: type[Struct], error: msgspec.ValidationError) -> Problem:
     """What the typed decode disliked: with many notifications, of each of them."""
-    found = [_field_error(kind, error)]
-    if found[0].index is not None and b'"notifications"' in body:
+    first = _field_error(kind, error)
+    if first.index is not None and b'"notifications"' in body:
         try:
             members = _decode_members(body).notifications
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             members = []
-        found = list(_member_errors(members)) or found
-    return _many(found, None)
+        _check_count("notifications", len(members))
+        complaints = [(index, complaint) for index, raw in enumerate(members) if (complaint := _complaint(raw))]
+        if complaints:
+            # Words for each would take a second, and are not read.
+            told = [_member_error(members[index], index, each) for index, each in complaints[:_MAX_ERRORS]]
+            return _many(told, None, len(complaints))
+    return _many([first], None)
 
 
-def _member_errors(members: Sequence[Raw]) -> Iterator[ErrorItem]:
-    for index, raw in enumerate(members):
-        try:
-            _decode_item(raw)
-        except msgspec.ValidationError as error:
-            yield _field_error(_Item, error, index)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            yield ErrorItem("InvalidJson", _json_complaint(bytes(raw), error), index)
+def _complaint(raw: Raw) -> Exception | None:
+    try:
+        _decode_item(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        return error
+    return None
+
+
+def _member_error(raw: Raw, index: int, complaint: Exception) -> ErrorItem:
+    if isinstance(complaint, msgspec.ValidationError):
+        return _field_error(_Item, complaint, index)
+    return ErrorItem("InvalidJson", _json_complaint(bytes(raw), complaint), index)
 
 
 def _field_error(kind: type[Struct], error: msgspec.ValidationError, index: int | None = None) -> ErrorItem:
     """The words of msgspec in ours; `index` where it was a member that was decoded, by itself."""
-    match = _complaint(str(error))
-    assert match is not None
-    text, field = match[1], match[2] or ""
+    dislike = dissect(error)
+    field = dislike.place
     place = _place(field)
     if place:
         kind = _Item
         index = int(place[1])
         field = field[place.end() :] or ("token" if field.startswith("tokens") else "")
-    unknown = _unknown_field(text)
-    if unknown:
-        return _unknown(unknown[1], kind, field, index)
-    if "enum value" in text:
+    if dislike.unknown is not None:
+        return _unknown(dislike.unknown, kind, field, index)
+    if dislike.words.startswith("Invalid enum value"):
         of_push_type = field == "push_type"
         code = reasons.INVALID_PUSH_TYPE.word if of_push_type else "BadEnvironment"
         values: Iterable[str] = PushType if of_push_type else Environment
         return ErrorItem(code, f"{field} must be one of {', '.join(values)}.", index, field)
-    plain = _quoted.sub(lambda kinds: " or ".join(_JSON_NAMES.get(k, k) for k in kinds[1].split(" | ")), text)
+    plain = _quoted.sub(lambda kinds: " or ".join(_JSON_NAMES.get(k, k) for k in kinds[1].split(" | ")), dislike.words)
     whole = "The body" if index is None else "The entry"
     return ErrorItem("BadType", f"{field or whole}: {plain[:1].lower()}{plain[1:]}.", index, field or None)
 
 
 def _unknown(name: str, kind: type[Struct], field: str, index: int | None) -> ErrorItem:
-    shown = _shown(name)
     known = _NESTED.get(field, kind).__struct_fields__
-    close = get_close_matches(name.lower(), known, n=1)
+    close = closest(name, known)
     if kind is _Item and not field and name in _Post.__struct_fields__:
         hint = "It stands at the top of the request, beside notifications."
     elif close:
-        hint = f"Did you mean {close[0]}?"
+        hint = f"Did you mean {close}?"
     elif field or kind is _Replay:
         hint = f"There may be {', '.join(known)}."
     else:
         hint = "The app's own keys go into data, or into a whole payload."
-    path = f"{field}.{shown}" if field else shown
+    path = f"{field}.{shown(name)}" if field else shown(name)
     return ErrorItem("UnknownField", f"There is no field {path!r} here. {hint}", index, path)
-
-
-def _shown(name: str) -> str:
-    return name if len(name) <= 64 else f"{name[:61]}..."
 
 
 def _refusal(refused: Sequence[Refused], post: _Post | None, count: int) -> Problem:
@@ -669,13 +699,15 @@ def _refusal(refused: Sequence[Refused], post: _Post | None, count: int) -> Prob
     )
 
 
-def _many(errors: Sequence[ErrorItem], count: int | None) -> Problem:
+def _many(errors: Sequence[ErrorItem], count: int | None, wrong: int | None = None) -> Problem:
+    """`wrong`: how many are, where not all of them are among the errors."""
     first = errors[0]
     detail = first.detail
-    if len(errors) > 1:
+    wrong = wrong or len(errors)
+    if wrong > 1:
         of = f" in {count} notifications" if count else ""
-        listed = f" The first {_MAX_ERRORS} are listed." if len(errors) > _MAX_ERRORS else ""
-        detail = f"{len(errors)} things are wrong{of}, so nothing was taken.{listed} The first: {detail}"
+        listed = f" The first {_MAX_ERRORS} are listed." if wrong > _MAX_ERRORS else ""
+        detail = f"{wrong} things are wrong{of}, so nothing was taken.{listed} The first: {detail}"
     return Problem(400, first.code, detail, errors=errors[:_MAX_ERRORS])
 
 

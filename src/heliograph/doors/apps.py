@@ -6,10 +6,8 @@ No answer shows a secret. What the configuration names is shown like the rest, a
 from __future__ import annotations
 
 import binascii
-import re
 from base64 import b64decode
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import Any, Protocol
 
 import msgspec
@@ -24,8 +22,8 @@ from heliograph.config import (
     Port,
     check_proxy,
 )
-from heliograph.doors.api import Handlers
-from heliograph.doors.exchange import Answer, Exchange, Problem
+from heliograph.doors.api import Handlers, Read
+from heliograph.doors.exchange import Answer, Exchange, Problem, closest, dissect, shown
 from heliograph.errors import ConfigError
 
 PATH = "/v1/apps"
@@ -68,6 +66,9 @@ class _Credentials(Struct, forbid_unknown_fields=True):
     passphrase: str | None = None
     environment: Environments | None = None
 
+    def __repr__(self) -> str:
+        return "<what a caller has an app made of>"
+
 
 class _Put(_Credentials):
     """The body of a PUT: what `[apps.NAME]` has, with contents in place of files."""
@@ -99,20 +100,23 @@ class AppsDoor:
         start, _, name = path.rpartition("/")
         return self._of_one if start == PATH and name else None
 
-    async def _list(self, _: Exchange) -> Answer:
+    async def _list(self, _: Exchange, __: Read) -> Answer:
         return Answer(200, _encode({"apps": [self._apps.show(name) for name in sorted(self._apps.apps)]}))
 
-    async def _get(self, exchange: Exchange) -> Answer:
+    async def _get(self, exchange: Exchange, _: Read) -> Answer:
         name = _name(exchange)
         shown = self._apps.show(name)
         if shown is None:
             raise self._unknown(name)
         return Answer(200, _encode(shown))
 
-    async def _put(self, exchange: Exchange) -> Answer:
+    async def _put(self, exchange: Exchange, read: Read) -> Answer:
+        self._refuse_configured(_name(exchange))
+        return await read(exchange, self._put_that, MAX_BODY_BYTES)
+
+    async def _put_that(self, exchange: Exchange, body: bytes) -> Answer:
         name = _name(exchange)
-        self._refuse_configured(name)
-        content = _content(_parse(await exchange.read(_hold)))
+        content = _content(_parse(body))
         try:
             is_new = await self._apps.put(name, content)
         except ConfigError as error:
@@ -120,7 +124,7 @@ class AppsDoor:
         where = ((b"location", f"{PATH}/{name}".encode()),)
         return Answer(201 if is_new else 200, _encode(self._apps.show(name)), where)
 
-    async def _delete(self, exchange: Exchange) -> Answer:
+    async def _delete(self, exchange: Exchange, _: Read) -> Answer:
         name = _name(exchange)
         self._refuse_configured(name)
         if not await self._apps.remove(name):
@@ -141,40 +145,27 @@ def _name(exchange: Exchange) -> str:
     return exchange.path.rpartition("/")[2]
 
 
-def _hold(octets: int) -> None:
-    if octets > MAX_BODY_BYTES:
-        text = f"The body is longer than {MAX_BODY_BYTES} octets, and no app is: send its credentials only."
-        raise Problem(413, "RequestTooLarge", text)
-
-
 def _parse(body: bytes) -> _Put:
     try:
         return _decode(body)
     except msgspec.ValidationError as error:
-        raise _invalid(str(error)) from None
+        raise _invalid(error) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise Problem(400, "InvalidJson", "The body is not JSON in UTF-8: send a JSON object.") from None
 
 
-_unknown_field = re.compile(r"Object contains unknown field `(.*?)`(?: - at `\$(.*)`)?", re.DOTALL).fullmatch
-_complaint = re.compile(r"(.*?)(?: - at `\$\.?(.*)`)?", re.DOTALL).fullmatch
-
-
-def _invalid(text: str) -> Problem:
+def _invalid(error: msgspec.ValidationError) -> Problem:
     """The words of msgspec in ours, which never repeat a value."""
-    unknown = _unknown_field(text)
-    if unknown:
-        shown = unknown[1] if len(unknown[1]) <= 64 else f"{unknown[1][:61]}..."
-        known = (_Credentials if unknown[2] else _Put).__struct_fields__
-        close = get_close_matches(unknown[1].lower(), known, n=1)
-        hint = f"Did you mean {close[0]}?" if close else f"Known here are {', '.join(known)}."
-        return Problem(400, "UnknownField", f"There is no field {shown!r} here. {hint}")
-    match = _complaint(text)
-    assert match is not None
-    field = match[2] or "The body"
-    if "enum value" in text:
+    dislike = dissect(error)
+    if dislike.unknown is not None:
+        known = (_Credentials if dislike.place else _Put).__struct_fields__
+        close = closest(dislike.unknown, known)
+        hint = f"Did you mean {close}?" if close else f"Known here are {', '.join(known)}."
+        return Problem(400, "UnknownField", f"There is no field {shown(dislike.unknown)!r} here. {hint}")
+    field = dislike.place or "The body"
+    if dislike.words.startswith("Invalid enum value"):
         return Problem(400, "BadEnvironment", f"{field} must be one of {', '.join(Environments)}.")
-    plain = match[1].replace("`", "")
+    plain = dislike.words.replace("`", "")
     return Problem(400, "BadType", f"{field}: {plain[:1].lower()}{plain[1:]}.")
 
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
 
 import msgspec
 from msgspec import Struct
@@ -28,6 +29,9 @@ _SHORT = 65_536
 _SHORT_S = 0.25
 _LINGER_S = 5.0
 """How long, at most, what comes after an answer is thrown away."""
+
+_SHOWN = 64
+"""Characters of a caller's own word that an answer repeats."""
 
 _encode = msgspec.json.encode
 _word = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
@@ -111,8 +115,8 @@ class Exchange:
             return None if b"transfer-encoding" in self.headers else 0
         return int(length[:20]) if length.isdigit() else None
 
-    async def read(self, hold: Callable[[int], None]) -> bytes:
-        """The body.
+    async def read(self, hold: Callable[[int], None], most: int = MAX_BODY_BYTES) -> bytes:
+        """The body, of so many octets at most.
 
         `hold` is told how many octets there are to be, before any is read and whenever there are more; what it raises
         ends the reading. Raises Problem, Gone.
@@ -120,8 +124,8 @@ class Exchange:
         if self.headers.get(b"content-encoding", b"identity").lower() != b"identity":
             raise Problem(415, "UnsupportedEncoding", "Send the body as it is, without Content-Encoding.")
         held = self.announced or 0
-        if held > MAX_BODY_BYTES:
-            raise _too_long()
+        if held > most:
+            raise _too_long(most)
         hold(held)
         if self._whole:
             return b""
@@ -143,8 +147,8 @@ class Exchange:
             chunks = [body]
             size = len(body)
             while True:
-                if size > MAX_BODY_BYTES:
-                    raise _too_long()
+                if size > most:
+                    raise _too_long(most)
                 if size > held:
                     held = size
                     hold(held)
@@ -198,9 +202,53 @@ class Exchange:
             pass
 
 
-def _too_long() -> Problem:
-    return Problem(
-        413,
-        "RequestTooLarge",
-        f"The body is longer than {MAX_BODY_BYTES} octets: send the notifications in several requests.",
-    )
+def _too_long(most: int) -> Problem:
+    text = f"The body is longer than {most} octets, the most that this path takes: send several requests, or less."
+    return Problem(413, "RequestTooLarge", text)
+
+
+# -- what a typed decode disliked ------------------------------------------------------------------------------------
+
+_UNKNOWN = "Object contains unknown field `"
+_AT = " - at `$"
+_PLACE_CHARS = 200
+"""No place in a body of ours is longer."""
+_is_place = re.compile(r"[a-z0-9_.\[\]]*").fullmatch
+
+
+class Dislike(Struct, frozen=True):
+    """A complaint of msgspec in its parts."""
+
+    words: str
+    """Empty for an unknown field. They hold a value of the caller's for an enum, and never otherwise."""
+    place: str
+    """Such as `notifications[0].sound`; empty: the whole."""
+    unknown: str | None = None
+    """The name of a field that there is not; its beginning where it is long."""
+
+
+def dissect(error: msgspec.ValidationError) -> Dislike:
+    """In time and memory that hardly grow with what the caller named."""
+    text = str(error)
+    if text.startswith(_UNKNOWN):
+        # First of all, as a name may look like anything, and like a place behind it too.
+        begin = len(_UNKNOWN)
+        end = text.rfind("`" + _AT, max(begin, len(text) - _PLACE_CHARS))
+        place = text[end + 1 + len(_AT) : -1]
+        if end < 0 or not _is_place(place):
+            end, place = len(text) - 1, ""
+        return Dislike("", place.removeprefix(".")[:_SHOWN], text[begin : min(end, begin + _SHOWN + 1)])
+    words, at, place = text.rpartition(_AT)
+    if not at:
+        return Dislike(text, "")
+    return Dislike(words, place.removesuffix("`").removeprefix(".")[:_SHOWN])
+
+
+def closest(name: str, known: Iterable[str]) -> str | None:
+    """Which of the known names may have been meant."""
+    return next(iter(get_close_matches(name[:_SHOWN].lower(), list(known), n=1)), None)
+
+
+def shown(name: str) -> str:
+    """A word of the caller's as an answer repeats it."""
+    return name if len(name) <= _SHOWN else f"{name[: _SHOWN - 3]}..."

@@ -11,6 +11,9 @@ from heliograph.errors import ConfigError
 
 MAX_DEPTH = 32
 
+_MAX_NUMBER = 64
+"""Octets of an INTEGER that is counted with. Python prints none of many thousands of digits."""
+
 INTEGER, BIT_STRING, OCTET_STRING, NULL, OID, UTF8_STRING = 0x02, 0x03, 0x04, 0x05, 0x06, 0x0C
 _CONSTRUCTED = 0x20
 SEQUENCE, EXPLICIT_0 = 0x30, 0xA0
@@ -23,6 +26,9 @@ class Tlv(NamedTuple):
     content: bytes
     """Without the end-of-contents of an indefinite length."""
     raw: bytes
+
+    def __repr__(self) -> str:
+        return f"<tag {self.tag:#04x} of {len(self.raw)} octets>"
 
     @classmethod
     def of(cls, octets: bytes) -> Tlv:
@@ -55,8 +61,8 @@ class Tlv(NamedTuple):
 
     def number(self) -> int:
         """An INTEGER of at least 1."""
-        number = int.from_bytes(self.content, "big", signed=True)
-        if self.tag != INTEGER or number < 1:
+        number = int.from_bytes(self.content[: _MAX_NUMBER + 1], "big", signed=True)
+        if self.tag != INTEGER or number < 1 or len(self.content) > _MAX_NUMBER:
             damaged()
         return number
 

@@ -57,6 +57,9 @@ class Item(NamedTuple):
     pem: bytes = b""
     """The block as it stands, where it is encrypted the traditional way ("Proc-Type: 4,ENCRYPTED")."""
 
+    def __repr__(self) -> str:
+        return f"<{self.sort.value}>"
+
 
 class Bundle(NamedTuple):
     """What a file holds, opened."""
@@ -81,7 +84,7 @@ def items(content: bytes) -> list[Item]:
         raise ConfigError(f"There are more than {_MAX_ITEMS} certificates and keys in the file: leave one pair in it")
     if found:
         return found
-    if _is_base64(content):
+    if _is_base64(content.strip()):
         with suppress(binascii.Error):
             content = binascii.a2b_base64(content)
     # A SEQUENCE of more than 127 octets, of indefinite length, or of just this one; texts begin with a 0 as well.
@@ -141,7 +144,7 @@ _LABELS = {
     b"CMS": Sort.SIGNED,
     b"PKCS12": Sort.P12,
 }
-_is_base64 = re.compile(rb"\s*MI[A-Za-z0-9+/\s]{98,}=*\s*").fullmatch  # so begins a SEQUENCE of more than 127 octets
+_is_base64 = re.compile(rb"MI[A-Za-z0-9+/\s]{98,}+=*+").fullmatch  # so begins a SEQUENCE of more than 127 octets
 _find_begin = re.compile(rb"-----BEGIN ([A-Z0-9 ]{1,40})-----").finditer
 
 

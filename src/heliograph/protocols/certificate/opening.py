@@ -17,9 +17,9 @@ from cryptography.hazmat.primitives.serialization import load_der_private_key, l
 from heliograph.errors import ConfigError
 from heliograph.protocols.certificate.der import INTEGER, OID, SEQUENCE, Tlv
 
-MAX_ROUNDS = 10_000_000
-"""What the key derivations of a file may take together. Keychain uses 2,048, a careful tool of today 600,000; these
-are seconds."""
+MAX_ROUNDS = 2_000_000
+"""What the key derivations of a file may take together. Keychain uses 2,048, a careful tool of today 600,000
+for each of key, certificates and MAC. It is a second or so, in which the interpreter may do nothing else."""
 
 _MAX_SCRYPT = 2**20
 """N times r times p; OpenSSL's default is an eighth of it."""
@@ -120,7 +120,7 @@ class Rounds:
         self._total += rounds
         if self._total > MAX_ROUNDS:
             raise ConfigError(
-                f"The file wants {self._total:,} rounds of key derivation, which would take minutes or more: export it "
+                f"The file wants {self._total:,} rounds of key derivation, more than any usual file does: export it "
                 "again, with a program's usual settings"
             )
 

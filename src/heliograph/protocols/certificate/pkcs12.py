@@ -62,6 +62,7 @@ def open_p12(der: bytes, passphrase: bytes | None, rounds: Rounds) -> Iterator[x
         password = (passphrase or b"").decode()
     except UnicodeDecodeError:
         raise ConfigError("The passphrase is not UTF-8: write it again as UTF-8") from None
+    tries = len(_endings(password))
     pfx = Tlv.of(der)
     locked_keys, locked_safes = [], []
     for info in Tlv.of(_contents(pfx.part(1, SEQUENCE))).children():
@@ -72,14 +73,14 @@ def open_p12(der: bytes, passphrase: bytes | None, rounds: Rounds) -> Iterator[x
                 if bag_kind == _KEY_BAG:
                     yield open_key(value.raw)
                 elif bag_kind == _LOCKED_KEY_BAG:
-                    rounds.add(rounds_of(value.part(0, SEQUENCE)))
+                    rounds.add(tries * rounds_of(value.part(0, SEQUENCE)))
                     check_key_size(value.part(1, OCTET_STRING).content)
                     locked_keys.append(_data_info(tlv(SEQUENCE, bag.raw)))
                 elif bag_kind == _CERTIFICATE_BAG and value.part(0, OID).content == _X509_CERTIFICATE:
                     yield open_certificate(value.part(1, EXPLICIT_0).only().octets())
         elif kind == _ENCRYPTED_DATA:
             encrypted = info.part(1, EXPLICIT_0).only().part(1, SEQUENCE)
-            rounds.add(rounds_of(encrypted.part(1, SEQUENCE)))
+            rounds.add(tries * rounds_of(encrypted.part(1, SEQUENCE)))
             locked_safes.append(_spare_key() + info.raw)
         else:
             raise ConfigError("The .p12 is encrypted for a key, not with a passphrase: export it with a passphrase")
@@ -121,18 +122,24 @@ def _mac_rounds(mac: Tlv) -> int:
 def _open_part(safes: bytes, password: str) -> pkcs12.PKCS12KeyAndCertificates:
     """What OpenSSL finds in these ContentInfos. Raises ConfigError."""
     authenticated = tlv(SEQUENCE, safes)
-    # No passphrase is either no octet or a NUL of UTF-16, and OpenSSL goes by which of them the MAC was made with.
-    for ending in (b"\0\0", b""):
+    for ending in _endings(password):
         secret = password.encode("utf-16-be") + ending
         pfx = tlv(SEQUENCE, tlv(INTEGER, b"\3"), _data_info(authenticated), _mac(authenticated, secret))
         try:
             return _load(pfx, password)
         except ValueError:
-            if password:
-                raise wrong_passphrase(".p12") from None
+            continue
         except (UnsupportedAlgorithm, InternalError):
             raise ConfigError(UNKNOWN_ENCRYPTION) from None
-    raise wants_passphrase(".p12")
+    raise wrong_passphrase(".p12") if password else wants_passphrase(".p12")
+
+
+def _endings(password: str) -> tuple[bytes, ...]:
+    """What may stand behind a passphrase; each is a try.
+
+    No passphrase is either no octet or a NUL of UTF-16, and OpenSSL goes by which of them the MAC was made with.
+    """
+    return (b"\0\0",) if password else (b"\0\0", b"")
 
 
 def _load(pfx: bytes, password: str) -> pkcs12.PKCS12KeyAndCertificates:
