@@ -29,11 +29,16 @@ class Checked(Struct, frozen=True):
 
 
 def check(
-    app: App, now: float, headers: Sequence[Headers], tokens: Sequence[str], payloads: Sequence[bytes]
+    app: App,
+    environment: Environment,
+    now: float,
+    headers: Sequence[Headers],
+    tokens: Sequence[str],
+    payloads: Sequence[bytes],
 ) -> Checked:
     """Check a request's columns; `headers` and `payloads` have one entry for all or one each."""
     refused: list[Refused] = []
-    checked_headers = _check_headers(app, now, headers, refused)
+    checked_headers = _check_headers(app, environment, now, headers, refused)
     checked_tokens = _check_tokens(tokens, refused)
     _check_payloads(payloads, headers, refused)
     return Checked(checked_headers, checked_tokens, refused)
@@ -72,14 +77,16 @@ def _at(refused: Refused, index: int | None) -> Refused:
     return Refused(refused.reason, refused.detail, index=index, field=refused.field)
 
 
-def _check_headers(app: App, now: float, headers: Sequence[Headers], refused: list[Refused]) -> list[Headers]:
+def _check_headers(
+    app: App, environment: Environment, now: float, headers: Sequence[Headers], refused: list[Refused]
+) -> list[Headers]:
     known: dict[Headers, Headers] = {}
     out: list[Headers] = []
     for index, each in enumerate(headers):
         final = known.get(each)
         if final is None:
             try:
-                final = known[each] = _final_headers(app, now, each)
+                final = known[each] = _final_headers(app, environment, now, each)
             except Refused as error:
                 refused.append(_at(error, index if len(headers) > 1 else None))
                 final = each
@@ -87,7 +94,7 @@ def _check_headers(app: App, now: float, headers: Sequence[Headers], refused: li
     return out
 
 
-def _final_headers(app: App, now: float, headers: Headers) -> Headers:
+def _final_headers(app: App, environment: Environment, now: float, headers: Headers) -> Headers:
     if not headers.topic:
         if len(app.topics) != 1:
             text = f"The app has several topics: name one of {', '.join(app.topics)}."
@@ -98,6 +105,12 @@ def _final_headers(app: App, now: float, headers: Headers) -> Headers:
         wanted = " or ".join(apns.topic_for(topic, headers.push_type) for topic in app.topics)
         text = f"The topic {headers.topic!r} is not the app's. With push type {headers.push_type} send {wanted}."
         raise Refused("TopicDisallowed", text, field="topic")
+    if app.credentials_for(environment, headers.topic) is None:
+        text = (
+            f"The app {app.name!r} has no credentials for the topic {headers.topic!r} in {environment}: no certificate "
+            "of its lists it. Add a certificate that does, or a signing key, which serves every push type."
+        )
+        raise Refused("TopicDisallowed", text, field="push_type")
     if policy.deadline(now, headers.expiration) <= now:
         raise Refused("BadExpirationDate", "The expiration has passed already.", field="expiration")
     if headers.push_type is PushType.ALERT and headers.collapse_id is None and headers.collapse_on_id is None:

@@ -134,6 +134,7 @@ class Detail(Struct, frozen=True, omit_defaults=True):
     unique_id: str | None = None
     """Apple's `apns-unique-id`, where the sandbox gave one."""
     attempts: int = 1
+    """The number of the last counted try; of the next one where it is queued."""
     due_at: float | None = None
     """UNIX seconds of the next try of a deferred one."""
     why: str | None = None

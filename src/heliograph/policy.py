@@ -8,6 +8,7 @@
 | 5xx, and what a new connection cures | two quick tries within 1 and 5 s, then from 15 minutes on, doubling | yes |
 | 429 | from 30 s on, doubling to an hour | yes |
 | ExpiredProviderToken | the first time at once, afterwards as 503 | yes |
+| every other 403 about credentials | from 30 s on, doubling to 5 minutes: an operator will put them right | yes |
 | 410 | rejected, and the device token is removed | |
 | BadDeviceToken | rejected, and the device token is held back for a while | |
 | every other 4xx | rejected | |
@@ -45,6 +46,8 @@ _RETRY_SHARE = 0.1
 _RETRY_FLOOR = 100.0
 """Tries after an answer that a lane may have each second, however little is new."""
 _LATELY_S = 10.0
+_CREDENTIALS_MAX_S = 300.0
+"""Whoever has put the credentials right does not want to wait for long."""
 _UNKNOWN_S = 1.0
 _UNKNOWN_MAX_S = 30.0
 """Shorter than the minute after which nothing may be left waiting once a fault is over."""
@@ -140,6 +143,8 @@ def _answered(answer: Answered, attempt: int, now: float, crowd_s: float, random
             pause = _after_trouble(attempt, random)
         case FollowUp.RETRY_TOKEN_LATER | FollowUp.RETRY_LATER:
             pause = min(_PACED_MAX_S, _doubled(_PACED_S, attempt - 1)) * (1 + random)
+        case FollowUp.FIX_CREDENTIALS if reason.status == 403:
+            pause = min(_CREDENTIALS_MAX_S, _doubled(_PACED_S, attempt - 1)) * (1 + random)
         case FollowUp.REMOVE_TOKEN:
             return End(State.REJECTED, reason.word, removed_since=_died_at(answer.since, now))
         case FollowUp.QUARANTINE if reason is BAD_DEVICE_TOKEN:

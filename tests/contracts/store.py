@@ -119,7 +119,7 @@ class StoreContract:
                 reason="TooManyRequests",
                 status=429,
                 unique_id="9c01",
-                attempts=3,
+                attempts=2,
                 next_attempt_at=START + 30,
                 why="busy",
             ),
@@ -347,7 +347,7 @@ class StoreContract:
         assert await states_of(store, batch) == [BURIED, ACCEPTED, QUEUED]
         (receipt,) = await store.find_receipts([batch.id + "0003"])
         assert receipt == Receipt(
-            batch.id + "0003", "shop", QUEUED, START, START + 50, attempts=1, next_attempt_at=START + 50
+            batch.id + "0003", "shop", QUEUED, START, START + 50, attempts=0, next_attempt_at=START + 50
         )
         assert [each.id for each in await store.find_buried("shop", None, 9)] == [batch.id + "0001"]
         (lease,) = await queue.take(10)

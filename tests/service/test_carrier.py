@@ -607,17 +607,20 @@ async def test_all_connections_of_a_pool_carry_the_same_provider_token(apple: Si
     assert len(carry) == 1
 
 
-async def test_a_key_that_apple_does_not_know_is_one_alarm_that_names_it_and_shows_no_token(apple: Simulator) -> None:
+async def test_a_key_that_apple_does_not_know_is_one_alarm_and_no_more_is_sent_with_it_for_a_while(
+    apple: Simulator,
+) -> None:
     stranger = new_signing_key("STRANGER01", "TEAMTEAM01")
     route = Route(route_to(apple).endpoint, stranger)
     with structlog.testing.capture_logs() as logs:
-        async with carrier_by(lambda *_: route) as carrier:
+        async with carrier_by(lambda *_: route, PoolSettings(patience_s=0.3)) as carrier:
             outcomes = await carried(carrier, batch_of(20, app="shop")).settled()
             (pool,) = pools(carrier)
             assert pool.trouble == "Apple refuses the credentials: InvalidProviderToken"
             assert pool._authorization is not None
             secret = pool._authorization[1].decode().removeprefix("bearer ")
-    assert outcomes == [Answered(403, "InvalidProviderToken")] * 20
+    trouble = NotProcessed("Apple refuses the credentials: InvalidProviderToken")
+    assert outcomes == [Answered(403, "InvalidProviderToken"), *[trouble] * 19]
     (alarm,) = logged(logs, "credentials_refused")
     assert alarm["credentials"] == "signing key STRANGER01 of team TEAMTEAM01"
     assert (alarm["apps"], alarm["log_level"]) == (["shop"], "error")

@@ -155,7 +155,7 @@ async def test_what_cannot_be_sent_says_why_in_its_receipt(tmp_path: Path) -> No
     async with open_house(tmp_path, gone, settings=settings) as house:
         (notification_id,) = await house.push([token(1)])
         (receipt,) = await house.receipts([notification_id], lambda receipt: receipt.reason is not None)
-    assert (receipt.state, receipt.reason, receipt.attempts) == (State.QUEUED, "NotProcessed", 1)
+    assert (receipt.state, receipt.reason, receipt.attempts) == (State.QUEUED, "NotProcessed", 0)
     assert receipt.why is not None
     assert receipt.why.startswith("cannot connect to localhost")
 
@@ -403,3 +403,13 @@ async def test_a_clock_that_is_set_back_does_not_put_off_what_is_to_be_sent_agai
     await relay.drain()
     await store.aclose()
     assert (receipt.state, receipt.attempts) == (State.ACCEPTED, 2)
+
+
+async def test_credentials_that_apple_refuses_cost_no_notification(tmp_path: Path, apple: Simulator) -> None:
+    apple.rejects(None, "InvalidProviderToken", times=1)
+    async with open_house(tmp_path, apple) as house:
+        ids = await house.push([token(1)])
+        (receipt,) = await house.receipts(ids, lambda receipt: receipt.reason is not None)
+        assert (receipt.state, receipt.status, receipt.attempts) == (State.QUEUED, 403, 1)
+        assert receipt.next_attempt_at is not None
+        assert receipt.next_attempt_at - time.time() > 20

@@ -17,12 +17,12 @@ ALERT = b'{"aps":{"alert":"hi"}}'
 
 
 def refusals(app: App, headers: Headers, payload: bytes = ALERT) -> list[tuple[str, str | None, int | None]]:
-    checked = check(app, NOW, [headers], [TOKEN], [payload])
+    checked = check(app, Environment.PRODUCTION, NOW, [headers], [TOKEN], [payload])
     return [(refused.reason, refused.field, refused.index) for refused in checked.refused]
 
 
 def test_the_only_topic_is_filled_in_with_the_push_types_suffix() -> None:
-    checked = check(ONE, NOW, [Headers("", PushType.VOIP)], [TOKEN], [ALERT])
+    checked = check(ONE, Environment.PRODUCTION, NOW, [Headers("", PushType.VOIP)], [TOKEN], [ALERT])
     assert not checked.refused
     assert checked.headers[0].topic == "com.example.one.voip"
 
@@ -43,13 +43,13 @@ def test_an_expiration_that_has_passed_is_refused_and_zero_is_not() -> None:
 
 def test_alerts_collapse_on_their_own_id_unless_told_otherwise() -> None:
     headers = [Headers(""), Headers("", collapse_id="mine"), Headers("", PushType.VOIP)]
-    checked = check(ONE, NOW, headers, [TOKEN] * 3, [ALERT])
+    checked = check(ONE, Environment.PRODUCTION, NOW, headers, [TOKEN] * 3, [ALERT])
     assert [each.collapse_on_id for each in checked.headers] == [True, None, None]
 
 
 def test_everything_that_is_wrong_is_told_with_its_place() -> None:
     headers = [Headers(""), Headers("", priority=7), Headers("")]
-    checked = check(ONE, NOW, headers, [TOKEN, TOKEN, "x"], [ALERT, ALERT, b"["])
+    checked = check(ONE, Environment.PRODUCTION, NOW, headers, [TOKEN, TOKEN, "x"], [ALERT, ALERT, b"["])
     assert {(refused.reason, refused.index) for refused in checked.refused} == {
         ("BadPriority", 1),
         ("BadDeviceToken", 2),
@@ -60,13 +60,13 @@ def test_everything_that_is_wrong_is_told_with_its_place() -> None:
 def test_a_shared_payload_is_judged_by_every_push_type_that_it_goes_out_with() -> None:
     payload = b'{"aps":{"alert":"' + b"x" * 4500 + b'"}}'
     headers = [Headers("", PushType.VOIP), Headers("", PushType.ALERT)]
-    checked = check(ONE, NOW, headers, [TOKEN] * 2, [payload])
+    checked = check(ONE, Environment.PRODUCTION, NOW, headers, [TOKEN] * 2, [payload])
     assert [(refused.reason, refused.index) for refused in checked.refused] == [("PayloadTooLarge", None)]
-    assert not check(ONE, NOW, headers[:1], [TOKEN], [payload]).refused
+    assert not check(ONE, Environment.PRODUCTION, NOW, headers[:1], [TOKEN], [payload]).refused
 
 
 def test_a_refused_token_does_not_shift_the_places_of_dead_ones() -> None:
-    checked = check(ONE, NOW, [Headers("")], ["x", TOKEN], [ALERT])
+    checked = check(ONE, Environment.PRODUCTION, NOW, [Headers("")], ["x", TOKEN], [ALERT])
     dead = refuse_held(checked.tokens, {TOKEN.encode(): "Unregistered"})
     assert [(refused.reason, refused.index) for refused in dead] == [("Unregistered", 1)]
 
@@ -77,3 +77,12 @@ def test_the_environment_may_be_left_out_where_there_is_one() -> None:
         choose_environment(TWO, None)
     with pytest.raises(Refused, match="not set up for development"):
         choose_environment(ONE, Environment.DEVELOPMENT)
+
+
+def test_a_topic_that_no_certificate_of_the_app_serves_is_refused_at_the_door() -> None:
+    access = Access(KEY, (Environment.PRODUCTION,), ("com.example.one",))
+    app = App("one", ("com.example.one",), (access,))
+    headers = [Headers(""), Headers("", PushType.VOIP)]
+    checked = check(app, Environment.PRODUCTION, NOW, headers, [TOKEN] * 2, [ALERT])
+    assert [(each.reason, each.index) for each in checked.refused] == [("TopicDisallowed", 1)]
+    assert "signing key, which serves every push type" in checked.refused[0].detail

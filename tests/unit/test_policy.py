@@ -42,8 +42,6 @@ def test_success_ends_as_accepted(outcome: Outcome) -> None:
         (400, "DeviceTokenNotForTopic"),
         (400, "PayloadEmpty"),
         (403, "Forbidden"),
-        (403, "InvalidProviderToken"),
-        (403, "TopicMismatch"),
         (404, "BadPath"),
         (405, "MethodNotAllowed"),
         (413, "PayloadTooLarge"),
@@ -53,6 +51,16 @@ def test_success_ends_as_accepted(outcome: Outcome) -> None:
 @pytest.mark.parametrize("attempt", [1, 7])
 def test_no_for_good_ends_as_rejected_and_removes_nothing(status: int, word: str, attempt: int) -> None:
     assert decided(Answered(status, word), attempt) == End(State.REJECTED, word)
+
+
+@pytest.mark.parametrize(
+    "word", ["InvalidProviderToken", "MissingProviderToken", "BadCertificate", "BadEnvironmentKeyIdInToken", "New"]
+)
+def test_credentials_that_apple_does_not_take_are_waited_for_as_an_operator_can_put_them_right(word: str) -> None:
+    answer = Answered(403, word)
+    for attempt, shortest in {1: 30, 2: 60, 3: 120, 4: 240, 5: 300, 9: 300}.items():
+        assert pause(answer, attempt, random=0.0) == shortest
+    assert decided(answer, 9, now=NOW + PATIENCE_S) == End(State.BURIED, word)
 
 
 def test_a_device_token_that_apple_does_not_know_is_held_back_for_an_hour_and_not_removed() -> None:

@@ -384,7 +384,11 @@ class Api:
     async def _get(self, exchange: Exchange, _: Read) -> Answer:
         (receipt,) = await self._relay.receipts([exchange.path.rpartition("/")[2]])
         if receipt is None:
-            raise Problem(404, "UnknownNotification", "No notification with this id was ever taken here.")
+            raise Problem(
+                404,
+                "UnknownNotification",
+                "No notification with this id is known here: it never was, or its receipt was forgotten meanwhile.",
+            )
         return Answer(200, _encode(_receipt_body(receipt)))
 
     async def _buried(self, exchange: Exchange, _: Read) -> Answer:
@@ -588,7 +592,13 @@ def _make_content(raw: Raw | UnsetType, content: tuple[Any, ...], push_type: Pus
             raise Refused("AmbiguousRequest", text, field=first)
         return payload.shorten(bytes(raw), payload.limit(push_type)) if shorten else bytes(raw)
     if nothing:
-        text = "There is nothing to send: add title or body, or a whole payload."
+        wanted = {
+            PushType.BACKGROUND: "content_available",
+            PushType.LIVEACTIVITY: "live_activity",
+            PushType.WIDGETS: "content_changed",
+            PushType.CONTROLS: "content_changed",
+        }.get(push_type, "title or body")
+        text = f"There is nothing to send: add {wanted}, or a whole payload."
         raise Refused(reasons.PAYLOAD_EMPTY.word, text, field="payload")
     title, subtitle, body, badge, sound, data = content[:_COMMON]
     rare: dict[str, Any] = {}
@@ -752,7 +762,7 @@ _MEANINGS = {
 def _meaning(receipt: Receipt) -> str:
     """One sentence or two: what the state and the reason mean, and what to do."""
     meaning = _MEANINGS[receipt.state]
-    if receipt.state is State.ACCEPTED or receipt.reason is None:
+    if receipt.state is State.ACCEPTED or receipt.reason in (None, "TooLate"):
         return meaning
     if receipt.status is not None and receipt.state in (State.BURIED, State.EXPIRED):
         return f"{meaning} Apple's last answer was {receipt.status} {receipt.reason}."

@@ -129,7 +129,7 @@ class Relay:
             raise Refused("UnknownApp", f"There is no app {app_name!r}. Known apps: {known}.", field="app")
         environment = admission.choose_environment(app, environment)
         now = self._clock()
-        checked = admission.check(app, now, headers, tokens, payloads)
+        checked = admission.check(app, environment, now, headers, tokens, payloads)
         refused = checked.refused
         held = await self._store.held_among(app_name, environment, checked.tokens)
         if held:

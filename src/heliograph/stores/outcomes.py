@@ -58,7 +58,7 @@ def receipt(id: str, row: tuple[Any, ...], details: dict[int, Detail]) -> Receip
         status=detail.status,
         since=detail.since,
         unique_id=detail.unique_id,
-        attempts=detail.attempts,
+        attempts=detail.attempts - (state is State.QUEUED),  # of what waits, the detail has the number of the next try
         next_attempt_at=detail.due_at,
     )
 

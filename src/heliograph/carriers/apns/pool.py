@@ -137,7 +137,9 @@ class Pool:
         self._expired: Authorization | None = None
         """What Apple called expired last."""
         self._rests_until = 0.0
-        """While that is all there is to send."""
+        """Until then nothing is sent with the provider token that is `_expired`."""
+        self._refused_until = 0.0
+        """Until then nothing is sent, as Apple refuses the credentials."""
         self._alarms: dict[str, float] = {}
         """When each was logged last."""
         self.trouble: str | None = None
@@ -255,9 +257,8 @@ class Pool:
 
     @property
     def _resting(self) -> bool:
-        return (
-            self._rests_until > 0.0 and self._authorization == self._expired and self._loop.time() < self._rests_until
-        )
+        now = self._loop.time()
+        return now < self._refused_until or (now < self._rests_until and self._authorization == self._expired)
 
     def _authorize(self, connection: Connection) -> bool:
         """Have a connection carry what is now in use; False where that would be too soon after what it carries."""
@@ -331,6 +332,8 @@ class Pool:
                 self._failed(f"{self._endpoint.host} has no use for a new connection: {reason.word}")
         if reason.status == 403:
             self._set_trouble(f"Apple refuses the credentials: {reason.word}")
+            if reason.follow_up is FollowUp.FIX_CREDENTIALS:
+                self._refused_until = self._loop.time() + _REST_S
         if reason.status == 403 or reason is reasons.TOO_MANY_PROVIDER_TOKEN_UPDATES:
             self._alarm("credentials_refused", reason, reason.meaning)
 
@@ -341,7 +344,7 @@ class Pool:
     def _relieve(self, answer: Answered) -> None:
         """An answer came, and perhaps a good one."""
         if answer.status == 200 or not speaks_against_us(reasons.find(answer.reason, answer.status)):
-            self._rests_until = 0.0
+            self._rests_until = self._refused_until = 0.0
             self._set_trouble(None)
 
     def _set_trouble(self, why: str | None) -> None:
