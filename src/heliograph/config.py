@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import tomllib
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
@@ -34,10 +35,12 @@ NOT_SETTINGS = frozenset({"HELIOGRAPH_CONFIG", "HELIOGRAPH_URL", "HELIOGRAPH_KEY
 MAX_CREDENTIALS = 16
 """Of one app: opening each may take some time."""
 
-_MAX_SECRET_BYTES = 64 * 1024
+MAX_SECRET_BYTES = 64 * 1024
+"""No file of keys or certificates is longer."""
 _OTHERS_MAY = 0o007
 _LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
 _is_host_name = re.compile(rf"(?=.{{1,253}}\Z){_LABEL}(?:\.{_LABEL})*\.?").fullmatch
+_is_topic = re.compile(r"[!-~]{1,255}").fullmatch
 is_app_name = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}").fullmatch
 """Whether an app may be called so."""
 
@@ -95,7 +98,7 @@ class CredentialSettings(Struct, frozen=True, kw_only=True):
     certificate_key: str | None = None
     """The certificate's private key, where it is in a file of its own; as `key`."""
     passphrase: str | None = None
-    """Of the .p12 or the private key: `file:PATH` or `credential:NAME`."""
+    """Of the .p12, the private key or the .p8: `file:PATH` or `credential:NAME`."""
     environment: Environments | None = None
     """None: production for a key, what the certificate says for a certificate."""
 
@@ -136,6 +139,11 @@ class AppSettings(CredentialSettings, frozen=True, kw_only=True):
             raise ValueError("has both topic and topics: keep one of them")
         if not self.bundle_ids and not any(each.certificate for each in self.each_credentials()):
             raise ValueError("needs either topic, the app's bundle id, or topics, a list of them")
+        if not all(map(_is_topic, self.bundle_ids)):
+            raise ValueError(
+                "has a topic that is not 1 to 255 printable ASCII characters without blanks: write the app's bundle "
+                "id, as com.example.shop"
+            )
         check_target(self.host, self.port, ca=self.ca is not None)
         if self.proxy is not None and not is_reference(self.proxy):
             check_proxy(self.proxy)
@@ -151,7 +159,8 @@ class AppSettings(CredentialSettings, frozen=True, kw_only=True):
         )
         if not self.credentials:
             return (own,)
-        stray = next((name for name in ("key", "key_id", *_OF_CERTIFICATE) if getattr(own, name) is not None), None)
+        alone = ("key", "key_id", "certificate", "certificate_key", "passphrase")
+        stray = next((name for name in alone if getattr(own, name) is not None), None)
         if stray is not None:
             raise ValueError(f"has {stray} beside [[credentials]] tables: move it into a table of its own")
         return tuple(
@@ -205,9 +214,6 @@ class AppContent(Struct, frozen=True, kw_only=True, omit_defaults=True):
         return f"<app with {len(self.credentials)} credentials>"
 
 
-_OF_CERTIFICATE = ("certificate", "certificate_key", "passphrase")
-
-
 def _check_credentials(given: CredentialSettings) -> None:
     """Raises ValueError."""
     if given.key is not None and given.certificate is not None:
@@ -215,9 +221,8 @@ def _check_credentials(given: CredentialSettings) -> None:
     if given.key is None and given.certificate is None:
         raise ValueError("has no credentials: add key, the .p8 file that Apple issued, or certificate, a .p12 or .pem")
     if given.key is not None:
-        stray = next((name for name in _OF_CERTIFICATE if getattr(given, name) is not None), None)
-        if stray is not None:
-            raise ValueError(f"has {stray}, which goes with a certificate and not with a key: remove it")
+        if given.certificate_key is not None:
+            raise ValueError("has certificate_key, which goes with a certificate and not with a key: remove it")
         if given.team_id is None:
             raise ValueError(
                 "has a key but no team_id: write the 10 characters that the developer account shows as Team ID"
@@ -230,6 +235,8 @@ def check_target(host: str | None, port: int, *, ca: bool) -> None:
     """Whether an app can be sent there. Raises ValueError."""
     if host is None and port not in APPLE_PORTS:
         raise ValueError(f"has port {port}, but Apple listens on 443 and 2197: take one of these, or add host")
+    if port == 0:
+        raise ValueError("has port 0, where nobody can listen: write the port of host")
     if host is None and ca:
         raise ValueError("has a ca, but no host that it could be for: add host")
     if host is not None and not _is_host(host):
@@ -298,23 +305,37 @@ def read_secret(reference: str, setting: str) -> bytes:
 
     Raises ConfigError, also where other users of the machine could read the file. `setting` is for its text.
     """
-    path = secret_path(reference, setting)
+    return read_file(secret_path(reference, setting), setting, secret=True)
+
+
+def read_file(path: Path, setting: str, *, secret: bool = False, most: int = MAX_SECRET_BYTES) -> bytes:
+    """The contents of a file of `most` octets at most. `secret`: other users of the machine must not read it.
+
+    Raises ConfigError; `setting` is for its text.
+    """
     try:
-        with path.open("rb") as opened:
+        # Without O_NONBLOCK a FIFO would have us wait for a writer.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as opened:
             mode = os.fstat(opened.fileno()).st_mode
+            if not stat.S_ISREG(mode):
+                raise ConfigError(f"{setting}: {path} is a pipe or a device: name a regular file")
             # What is read-only to us, as secrets in containers are, nobody could change as we advise.
-            if mode & _OTHERS_MAY and not os.fstatvfs(opened.fileno()).f_flag & os.ST_RDONLY:
+            if secret and mode & _OTHERS_MAY and not os.fstatvfs(opened.fileno()).f_flag & os.ST_RDONLY:
                 raise ConfigError(
                     f"{setting}: every user of this machine can read {path}: run chmod 600 {path} "
                     "(or 640, with a group that only heliograph is in)"
                 )
-            content = opened.read(_MAX_SECRET_BYTES + 1)
+            content = opened.read(most + 1)
     except FileNotFoundError:
-        raise ConfigError(f"{setting}: there is no file {path}: correct the path, or put the file there") from None
+        raise ConfigError(
+            f"{setting}: cannot be read, as there is no file {path}: correct the path, or put the file there"
+        ) from None
     except OSError as error:
         raise ConfigError(f"{setting}: {path} cannot be read ({error.strerror}): correct path or mode") from error
-    if len(content) > _MAX_SECRET_BYTES:
-        raise ConfigError(f"{setting}: {path} is longer than {_MAX_SECRET_BYTES} octets, so no key: name another file")
+    if len(content) > most:
+        raise ConfigError(
+            f"{setting}: {path} is longer than {most} octets, so no key or certificate: name another file"
+        )
     return content
 
 

@@ -36,7 +36,11 @@ from heliograph.doors.web import make_app
 from heliograph.errors import ConfigError, StoreError
 from heliograph.relay import Relay
 from heliograph.stores.sqlite import SqliteStore
+from heliograph.stores.sqlite_file import locked
 from heliograph.telemetry import Telemetry
+
+DATABASE = "heliograph.db"
+"""In the data folder."""
 
 KEY_FILE = "api-key"
 """In the data folder: the API key that was made on the first start."""
@@ -180,8 +184,8 @@ async def _reload_on(hangup: asyncio.Event, apps: Directory) -> None:
     while True:
         await hangup.wait()
         hangup.clear()
-        await apps.reload()
-        _log.info("reloaded", apps=sorted(apps.apps))
+        if await apps.reload():
+            _log.info("reloaded", apps=sorted(apps.apps))
 
 
 @contextlib.asynccontextmanager
@@ -203,9 +207,14 @@ async def serving(
     apps = directory.apps
     telemetry = Telemetry()
     telemetry.show_days_left(directory.days_left)
-    with contextlib.closing(_listen(config.api)) as listening:
+    try:
+        listening = _listen(config.api)
+    except ConfigError:
+        _refuse_second(data / DATABASE)
+        raise
+    with contextlib.closing(listening):
         key = load_api_key(config)
-        store = await SqliteStore.open(data / "heliograph.db", lease_s=LEASE_S, max_waiting=config.store.max_waiting)
+        store = await SqliteStore.open(data / DATABASE, lease_s=LEASE_S, max_waiting=config.store.max_waiting)
         try:
             await directory.open(store)
             carrier = ApnsCarrier(directory.find_route, clock=time.time)
@@ -332,6 +341,13 @@ def _listen(settings: ApiSettings) -> socket.socket:
         if error.errno == errno.EACCES:
             raise ConfigError(f"The port of the API, {where}, is not for us: set api.port above 1023") from None
         raise ConfigError(f"The API cannot listen on {where}: set api.host to an address of this machine") from None
+
+
+def _refuse_second(database: Path) -> None:
+    """Raises StoreBusy where a server has this database: the port is probably that one's, and it can be named."""
+    if Path(f"{database}.lock").exists():
+        with contextlib.suppress(OSError), locked(database.resolve()):
+            pass
 
 
 def _url(listening: socket.socket) -> str:

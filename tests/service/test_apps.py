@@ -18,6 +18,12 @@ from typing import Any
 
 import aiohttp
 import pytest
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    PrivateFormat,
+    load_pem_private_key,
+)
 from msgspec.structs import replace
 from structlog.testing import capture_logs
 
@@ -225,6 +231,49 @@ async def test_a_broken_file_keeps_the_former_credentials_and_says_so(tmp_path: 
     assert "the former credentials go on" in told["hint"]
 
 
+def long_ended(**more: Any) -> Issued:
+    return push_certificate(TOPIC, now=datetime.now(UTC) - timedelta(days=400), **more)
+
+
+async def test_a_certificate_that_has_ended_does_not_take_the_place_of_a_good_one(tmp_path: Path) -> None:
+    shop = with_certificate(tmp_path, push_certificate(TOPIC))
+    apps = await started(tmp_path, shop=shop)
+    before = apps.find_route("shop", PRODUCTION, TOPIC)
+    write(tmp_path / "push.pem", long_ended().pem)
+    with capture_logs() as logs:
+        await apps.reload()
+    assert apps.find_route("shop", PRODUCTION, TOPIC) == before
+    (told,) = logs
+    assert (told["event"], told["log_level"]) == ("app_kept", "error")
+    assert "ended on 20" in told["why"]
+    write(tmp_path / "push.pem", push_certificate(TOPIC).pem)
+    await apps.reload()
+    assert apps.find_route("shop", PRODUCTION, TOPIC) != before
+
+
+async def test_a_certificate_that_has_ended_takes_the_place_of_another_that_has(tmp_path: Path) -> None:
+    apps = await started(tmp_path, shop=with_certificate(tmp_path, long_ended()))
+    before = apps.find_route("shop", PRODUCTION, TOPIC)
+    write(tmp_path / "push.pem", long_ended().pem)
+    await apps.reload()
+    assert apps.find_route("shop", PRODUCTION, TOPIC) != before
+
+
+async def test_a_signing_key_under_a_passphrase_is_opened_with_it(tmp_path: Path) -> None:
+    plain = new_signing_key().pem
+    locked = load_pem_private_key(plain, None).private_bytes(
+        Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"tea")
+    )
+    shop = AppSettings(topic=TOPIC, key=write(tmp_path / "key.p8", locked), key_id="ABC123DEFG", team_id="DEF123GHIJ")
+    with pytest.raises(ConfigError, match=r'under a passphrase: .*, as passphrase = "file:PATH"$'):
+        await started(tmp_path, shop=shop)
+    apps = await started(tmp_path, shop=replace(shop, passphrase=write(tmp_path / "word", b"tea\n")))
+    route = apps.find_route("shop", PRODUCTION, TOPIC)
+    assert route is not None
+    assert route.key is not None
+    assert route.key.pem == plain
+
+
 async def test_a_broken_configuration_keeps_all_apps_and_says_so(tmp_path: Path) -> None:
     one = signing(tmp_path)
     shop = AppSettings(topic=TOPIC, key=one.key, key_id=one.key_id, team_id=one.team_id)
@@ -236,7 +285,7 @@ async def test_a_broken_configuration_keeps_all_apps_and_says_so(tmp_path: Path)
     apps = Directory(config, clock=time.time, reread=reread)
     await apps.start()
     with capture_logs() as logs:
-        await apps.reload()
+        assert not await apps.reload()
     assert list(apps.apps) == ["shop"]
     assert [(each["event"], each["why"]) for each in logs] == [("configuration_kept", "heliograph.toml is not TOML")]
 
@@ -463,6 +512,15 @@ async def test_a_certificate_may_be_put_as_base64_or_pem(tmp_path: Path) -> None
         )
 
 
+async def test_a_certificate_that_has_ended_is_not_taken(tmp_path: Path) -> None:
+    async with calling(config_of(tmp_path)) as caller:
+        body = {"certificate": long_ended().pem.decode()}
+        status, problem = await caller.ask("PUT", "/v1/apps/shop", body)
+        assert (status, problem["code"]) == (400, "BadApp")
+        assert "ended on 20" in problem["detail"]
+        assert (await caller.ask("GET", "/v1/apps"))[1] == {"apps": []}
+
+
 def contents(folder: Path) -> bytes:
     return b"".join(file.read_bytes() for file in folder.iterdir())
 
@@ -511,6 +569,11 @@ async def test_an_app_of_the_configuration_is_shown_and_cannot_be_changed(tmp_pa
         ({" - at `$x" * 10_000: "x"}, "UnknownField", "There is no field ' - at `$x"),
         ({"credentials": [{"topic": "x"}]}, "UnknownField", "There is no field 'topic' here."),
         ({"credentials": [{"key": 1}]}, "BadType", "credentials[0].key: expected str"),
+        ({"topic": "com.example shop"}, "BadApp", "The app has a topic that is not 1 to 255 printable ASCII"),
+        ({"topic": ""}, "BadApp", "The app has a topic that is not 1 to 255 printable ASCII"),
+        ({"port": 0}, "BadApp", "The app has port 0"),
+        ({"host": ""}, "BadApp", "neither a name nor an address: write it alone"),
+        ({"host": "https://x/"}, "BadApp", "neither a name nor an address: write it alone"),
         ({"host": "apple.example:443"}, "BadApp", "a port goes into port"),
         ({"host": "x\r\nProxy-Authorization: Basic x"}, "BadApp", "neither a name nor an address: write it alone"),
     ],

@@ -11,7 +11,9 @@ import stat
 import subprocess
 import sys
 import time
+from base64 import b64encode
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -356,6 +358,15 @@ def test_serve_twice_on_one_data_folder_is_refused(tmp_path: Path, server: dict[
     assert "Traceback" not in done.stderr
 
 
+def test_serve_twice_with_one_configuration_names_the_first(tmp_path: Path) -> None:
+    (tmp_path / "heliograph.toml").write_text(f"[api]\nport = {unused_port()}\n")
+    with start(tmp_path, "serve") as first:
+        url_of(first)
+        done = run(tmp_path, "serve")
+    assert done.returncode == 1
+    assert f"is in use by process {first.process.pid}." in done.stderr
+
+
 def test_logs_are_json_where_asked_for_and_tell_no_secret(tmp_path: Path) -> None:
     with start(tmp_path, "serve", "--simulator", "--log-format", "json", HELIOGRAPH_API__PORT="0") as serve:
         first = json.loads(serve.wait_for("\n").splitlines()[0])
@@ -439,6 +450,7 @@ def test_sighup_reads_the_apps_of_the_configuration_again(tmp_path: Path, far_si
         config.write_text("[apps.shop]\nprot = 1\n")
         serve.process.send_signal(signal.SIGHUP)
         assert "apps.shop.prot is not a setting" in serve.wait_for("configuration_kept")
+        assert serve.said().count("reloaded") == 1
         (tmp_path / "own.toml").touch()
         done = run(tmp_path, "send", "--config", "own.toml", "--app", "shop", "--title", "x", ALIVE, **url)
         assert done.returncode == 0, done.stderr
@@ -504,6 +516,16 @@ def test_inspect_takes_the_key_of_a_certificate_from_a_file_of_its_own(tmp_path:
     assert "problem      The certificate has ended" in done.stdout
 
 
+def test_inspect_does_not_wait_for_what_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    private(tmp_path / "long", bytes(70_000))
+    done = run(tmp_path, "credentials", "inspect", "pipe", "/dev/zero", "long")
+    assert done.returncode == 1
+    assert done.stderr == ""
+    for said in ("pipe is a pipe or a device: name", "/dev/zero is a pipe or a device: name", "long is longer than"):
+        assert f"problem      {said}" in done.stdout
+
+
 def test_the_master_key_is_rotated(tmp_path: Path, server: dict[str, str]) -> None:
     path = tmp_path / "data" / "master-key"
     before = path.read_text()
@@ -565,6 +587,43 @@ def test_doctor_sees_the_apps_that_a_running_server_was_given(tmp_path: Path) ->
         assert examine(tmp_path, "--offline", HELIOGRAPH_KEY="hg_wrong")[1]["apps"][0][0] == "warning"
 
 
+def test_doctor_tries_the_master_key_on_stored_apps(tmp_path: Path) -> None:
+    file = private(tmp_path / "shop.pem", push_certificate("com.example.shop").pem)
+    with start(tmp_path, "serve", HELIOGRAPH_API__PORT="0") as serve:
+        added = run(tmp_path, "app", "add", "shop", "--certificate", str(file), **url_of(serve))
+        assert added.returncode == 0, added.stderr
+        assert serve.stop(signal.SIGTERM) == 0
+    key = tmp_path / "data" / "master-key"
+    without_port = {"HELIOGRAPH_API__PORT": "0"}
+    code, found = examine(tmp_path, "--offline", **without_port)
+    assert code == 0, found
+    assert found["master key"] == [("ok", f"{key}, opens 1 stored app")]
+    assert "apps" not in found
+    key.rename(tmp_path / "kept")
+    code, found = examine(tmp_path, "--offline", **without_port)
+    assert code == 1
+    assert found["master key"][0][1].startswith(f"{key} is gone, and the database has apps that only it opens (shop)")
+    assert not key.exists()
+    private(key, b64encode(bytes(32)))
+    ((level, text),) = examine(tmp_path, "--offline", **without_port)[1]["master key"]
+    assert level == "problem"
+    assert "sealed with a master key that is not here" in text
+
+
+def test_doctor_does_not_advise_a_backup_where_the_folder_cannot_be_written(tmp_path: Path) -> None:
+    with start(tmp_path, "serve", HELIOGRAPH_API__PORT="0") as serve:
+        url_of(serve)
+        assert serve.stop(signal.SIGTERM) == 0
+    # SQLite cannot make its shared memory, as in a folder that is read-only; modes alone do not stop root.
+    (tmp_path / "data" / "heliograph.db-shm").symlink_to(tmp_path / "nowhere" / "file")
+    code, found = examine(tmp_path, "--offline", HELIOGRAPH_API__PORT="0")
+    assert code == 1
+    ((level, text),) = found["database"]
+    assert level == "problem"
+    assert "cannot be written by this user" in text
+    assert "backup" not in text
+
+
 def test_doctor_names_credentials_that_apple_does_not_take(tmp_path: Path, far_side: str) -> None:
     (tmp_path / "heliograph.toml").write_text(far_side.replace("SIMULATION", "OTHERTEAM1"))
     code, found = examine(tmp_path, "--send")
@@ -618,6 +677,14 @@ def test_doctor_tells_what_is_wrong_on_this_machine(tmp_path: Path) -> None:
     assert "there is no file" in found["app lost"][0][1]
 
 
+def refuse(proxy: socket.socket) -> None:
+    proxy.settimeout(PATIENCE_S)
+    accepted, _ = proxy.accept()
+    with accepted:
+        accepted.recv(4096)
+        accepted.sendall(b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n")
+
+
 def test_doctor_tells_where_the_way_to_apple_ends(tmp_path: Path, far_side: str) -> None:
     def there(lines: str) -> str:
         (tmp_path / "heliograph.toml").write_text(lines)
@@ -632,6 +699,12 @@ def test_doctor_tells_where_the_way_to_apple_ends(tmp_path: Path, far_side: str)
     assert "of an authority that is not trusted here" in there(re.sub('ca = ".*"', "", far_side))
     through = there(far_side + f'proxy = "http://127.0.0.1:{unused_port()}"\n')
     assert "the proxy 127.0.0.1:" in through
+    with socket.create_server(("127.0.0.1", 0)) as proxy, ThreadPoolExecutor(1) as beside:
+        said_no = beside.submit(refuse, proxy)
+        refused = there(far_side + f'proxy = "http://127.0.0.1:{proxy.getsockname()[1]}"\n')
+        said_no.result()
+    assert "wants credentials (HTTP/1.1 407 " in refused
+    assert "cannot be reached" not in refused
     with socket.create_server(("127.0.0.1", 0)) as silent:
         (tmp_path / "heliograph.toml").write_text(
             re.sub("port = [0-9]+", f"port = {silent.getsockname()[1]}", far_side)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -138,7 +139,10 @@ def test_variables_of_the_command_line_are_no_settings() -> None:
         (SHOP.replace("topic =", "#"), ["apps.shop needs either topic", "or topics"]),
         (SHOP + "topics = ['a']", ["apps.shop has both topic and topics: keep one of them"]),
         (SHOP + "certificate = 'a.p12'", ["apps.shop has both a key and a certificate", "[[credentials]] table"]),
-        (SHOP + "passphrase = 'file:a'", ["apps.shop has passphrase, which goes with a certificate", "remove it"]),
+        (SHOP + "certificate_key = 'a'", ["apps.shop has certificate_key, which goes with a certificate", "remove it"]),
+        (SHOP + "host = 'localhost'\nport = 0", ["apps.shop has port 0", "write the port of host"]),
+        (SHOP + "host = 'https://x/'", ["apps.shop has a host that is neither a name nor an address"]),
+        (SHOP + "host = ''", ["apps.shop has a host that is neither a name nor an address"]),
         (SHOP.replace("key =", "certificate ="), ["apps.shop has a key_id or a team_id", "remove them"]),
         (SHOP + "[[apps.shop.credentials]]\nkey = 'a'", ["apps.shop has key beside [[credentials]] tables: move it"]),
         (TABLES + "[[apps.shop.credentials]]", ["apps.shop (credentials, table 3) has no credentials: add key"]),
@@ -187,6 +191,14 @@ HOSTS = [
     "push.exämple.com",
     "push\0",
 ]
+
+
+@pytest.mark.parametrize("topic", ["", " ", "com.example shop", "com.example.shop\n", "com.exämple", "a\0b", "a" * 256])
+def test_a_topic_is_printable_ascii_without_blanks(topic: str) -> None:
+    for given in ({"topic": topic}, {"topics": ("com.example.shop", topic)}):
+        with pytest.raises(ValueError, match=r"^has a topic that is not 1 to 255 printable ASCII characters"):
+            AppSettings(key="file:a", team_id="b", **given)
+    assert AppSettings(key="file:a", team_id="b", topic="a" * 255).bundle_ids == ("a" * 255,)
 
 
 @pytest.mark.parametrize("host", HOSTS)
@@ -291,6 +303,10 @@ def test_a_secret_that_is_no_file_is_told(tmp_path: Path) -> None:
         read_secret(f"file:{tmp_path / 'absent'}", "api.key")
     with pytest.raises(ConfigError, match="cannot be read"):
         read_secret(f"file:{tmp_path}", "api.key")
+    os.mkfifo(tmp_path / "pipe", 0o600)
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(ConfigError, match=f"^api.key: {path} is a pipe or a device: name a regular file$"):
+            read_secret(f"file:{path}", "api.key")
     (tmp_path / "long").write_bytes(bytes(70_000))
     (tmp_path / "long").chmod(0o600)
     with pytest.raises(ConfigError, match="longer than"):

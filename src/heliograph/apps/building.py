@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -23,6 +24,7 @@ from heliograph.config import (
     Environments,
     check_proxy,
     is_reference,
+    read_file,
     read_secret,
     secret_path,
 )
@@ -32,6 +34,7 @@ from heliograph.net.proxy import parse_proxy
 from heliograph.net.tls import client_context
 from heliograph.protocols import certificate
 from heliograph.protocols.apns import topic_for
+from heliograph.protocols.certificate.files import unpack
 from heliograph.protocols.provider_token import key_id_from_filename, parse_signing_key
 
 APPLE = {
@@ -39,7 +42,11 @@ APPLE = {
     Environment.DEVELOPMENT: "api.sandbox.push.apple.com",
 }
 
+MAX_CA_BYTES = 4 * 1024 * 1024
+"""Of a file of authorities; those that systems trust are about a quarter of a megabyte."""
+
 _SUFFIXES = tuple(filter(None, (topic_for("", push_type) for push_type in PushType)))
+_LOCKED = "is under a passphrase"
 _CREDENTIAL_FILES = ("key", "certificate", "certificate_key", "passphrase")
 
 
@@ -87,6 +94,12 @@ class Contexts:
 def kind_and_name(found: Credentials) -> tuple[str, str]:
     """What credentials are, and how people know them: a key's id, a certificate's common name."""
     return ("signing key", found.key_id) if isinstance(found, SigningKey) else ("certificate", found.name)
+
+
+def ended(entry: Entry, now: float) -> list[ClientCertificate]:
+    """The certificates that Apple does not take any more."""
+    shown = (access.credentials for access in entry.app.access)
+    return [each for each in shown if isinstance(each, ClientCertificate) and each.not_after <= now]
 
 
 def show_entry(entry: Entry, now: float) -> dict[str, Any]:
@@ -140,7 +153,7 @@ def read_content(name: str, settings: AppSettings) -> AppContent:
         credentials=tuple(tables),
         host=settings.host,
         port=settings.port,
-        ca=None if settings.ca is None else _read_ca(f"{where}.ca", Path(settings.ca)),
+        ca=None if settings.ca is None else read_file(Path(settings.ca), f"{where}.ca", most=MAX_CA_BYTES),
         proxy=proxy,
     )
 
@@ -167,13 +180,6 @@ def _read_credentials(where: str, given: CredentialSettings) -> CredentialConten
     return CredentialContent(
         **contents, key_id=key_id, team_id=given.team_id, environment=given.environment, file=str(path)
     )
-
-
-def _read_ca(where: str, path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{where}: {path} cannot be read ({error.strerror}): correct path or mode") from None
 
 
 def files_of(settings: AppSettings) -> Iterator[Path]:
@@ -204,7 +210,10 @@ def build(
         try:
             opened, settled = _open(given, content.topics)
         except ConfigError as error:
-            raise ConfigError(f"{place}: {error}" if place else str(error)) from None
+            told = f"{place}: {error}" if place else str(error)
+            if given.passphrase is None and _LOCKED in told:
+                told += ", as passphrase" if stored else ', as passphrase = "file:PATH"'
+            raise ConfigError(told) from None
         access.append(opened)
         normal.append(settled)
     topics = content.topics or tuple(
@@ -255,7 +264,12 @@ def _open(given: CredentialContent, topics: tuple[str, ...]) -> tuple[Access, Cr
     """Credentials and what they open, and how they are kept. Raises ConfigError."""
     environments = None if given.environment is None else given.environment.each()
     if given.key is not None:
-        key = parse_signing_key(given.key, key_id=given.key_id or "", team_id=given.team_id or "")
+        if b"ENCRYPTED" in given.key:
+            keys = unpack(given.key, passphrase=given.passphrase).keys
+            if len(keys) == 1:
+                plain = keys[0].private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+                given = replace(given, key=plain, passphrase=None)
+        key = parse_signing_key(given.key or b"", key_id=given.key_id or "", team_id=given.team_id or "")
         return Access(key, environments or Environments.PRODUCTION.each()), given
     assert given.certificate is not None
     found = certificate.load(given.certificate, key=given.certificate_key, passphrase=given.passphrase)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,7 +20,17 @@ import msgspec
 import structlog
 
 from heliograph import credentials, vault
-from heliograph.apps.building import Contexts, Entry, Instead, build, files_of, kind_and_name, read_content, show_entry
+from heliograph.apps.building import (
+    Contexts,
+    Entry,
+    Instead,
+    build,
+    ended,
+    files_of,
+    kind_and_name,
+    read_content,
+    show_entry,
+)
 from heliograph.carriers.apns import Route
 from heliograph.config import AppContent, AppSettings, Config, is_app_name, secret_path
 from heliograph.errors import ConfigError, HeliographError, StoreError
@@ -150,16 +161,21 @@ class Directory:
 
     # -- changes -----------------------------------------------------------------------------------------------------
 
-    async def reload(self) -> None:
-        """Read configuration and credential files again. What cannot be used is logged, and the former stays."""
+    async def reload(self) -> bool:
+        """Read configuration and credential files again; whether the configuration could be read.
+
+        What cannot be used is logged, and the former stays.
+        """
         async with self._busy:
-            settings = self._settings
+            settings, read = self._settings, True
             if self._reread is not None:
                 try:
                     settings = (await asyncio.to_thread(self._reread)).apps
                 except ConfigError as error:
+                    read = False
                     _log.error("configuration_kept", why=str(error), hint="the former apps go on; correct it")
             await self._renew(settings)
+            return read
 
     async def look(self) -> None:
         """Renew what is made of files that have changed since they were read, once they stay the same for two looks."""
@@ -184,8 +200,10 @@ class Directory:
         async with self._busy:
             self._refuse_configured(name)
             entry = await asyncio.to_thread(self._build, name, content, "", stored=True)
+            for each in ended(entry, self._clock()):
+                raise ConfigError(f"{_told(each)}: make a new one in the developer account, and give that")
             assert self._vault is not None
-            await store.save_app(name, self._vault.seal(_sealed(name), _encode(entry.content)))
+            await store.save_app(name, self._vault.seal(sealed_name(name), _encode(entry.content)))
             is_new = name not in self._stored
             self._stored[name] = entry
             self._swap()
@@ -217,10 +235,13 @@ class Directory:
         self._stamps = self._moving = await asyncio.to_thread(self._look)
         configured = {}
         for name, each in settings.items():
+            former = self._configured.get(name)
             try:
-                configured[name] = await asyncio.to_thread(self._from_files, name, each)
+                fresh = await asyncio.to_thread(self._from_files, name, each)
+                if former is not None:
+                    self._check_ends(former, fresh, f"apps.{name}")
+                configured[name] = fresh
             except ConfigError as error:
-                former = self._configured.get(name)
                 if former is None:
                     _log.error("app_left_out", app=name, why=str(error), hint="correct it, then send SIGHUP")
                 else:
@@ -230,6 +251,14 @@ class Directory:
         self._swap()
         if self._store is not None:
             await self._renew_vault(self._store)
+
+    def _check_ends(self, former: Entry, fresh: Entry, where: str) -> None:
+        """Raises ConfigError where a certificate that has ended would come in the place of what still is good."""
+        now = self._clock()
+        before = ended(former, now)
+        new = [each for each in ended(fresh, now) if each not in before]
+        if new and len(ended(fresh, now)) > len(before):
+            raise ConfigError(f"{where}: {_told(new[0])}: make a new one in the developer account, and put it there")
 
     async def _renew_vault(self, store: Store) -> None:
         try:
@@ -248,8 +277,8 @@ class Directory:
         assert self._store is not None
         stale = [name for name, record in records.items() if not fresh.is_current(record)]
         for name in stale:
-            content = self._vault.open(_sealed(name), records[name])
-            await self._store.save_app(name, fresh.seal(_sealed(name), content))
+            content = self._vault.open(sealed_name(name), records[name])
+            await self._store.save_app(name, fresh.seal(sealed_name(name), content))
         if stale:
             _log.info("sealed_anew", apps=sorted(stale))
 
@@ -282,7 +311,7 @@ class Directory:
 
     def _from_record(self, name: str, record: bytes) -> Entry:
         assert self._vault is not None
-        opened = self._vault.open(_sealed(name), record)
+        opened = self._vault.open(sealed_name(name), record)
         try:
             content = _decode_content(opened)
         except msgspec.DecodeError:
@@ -309,6 +338,10 @@ def _stamp(path: Path) -> _Stamp:
     return (found.st_ctime_ns, found.st_ino, found.st_size)
 
 
-def _sealed(name: str) -> str:
+def _told(certificate: ClientCertificate) -> str:
+    return f"The certificate {certificate.name} ended on {datetime.fromtimestamp(certificate.not_after, UTC):%Y-%m-%d}"
+
+
+def sealed_name(name: str) -> str:
     """What an app's record is sealed under."""
     return f"app {name}"

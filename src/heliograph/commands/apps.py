@@ -18,6 +18,8 @@ from heliograph.commands.local import secret_from
 
 PATH = "/v1/apps"
 
+_MAX_CA_BYTES = 512 * 1024
+"""The server takes no longer request."""
 _file = click.Path(path_type=Path, dir_okay=False, exists=True)
 
 
@@ -108,6 +110,7 @@ def add(
       heliograph app add shop --topic com.shop --key AuthKey_ABC123DEFG.p8 --team-id DEF123GHIJ
       heliograph app add shop --certificate shop.p12 --passphrase-file passphrase
     """
+    from heliograph.config import read_file
     from heliograph.protocols.provider_token import key_id_from_filename
 
     if key is not None and key_id is None:
@@ -122,7 +125,7 @@ def add(
         "certificate": _octets(certificate, "--certificate"),
         "certificate_key": _octets(certificate_key, "--certificate-key"),
         "passphrase": None if passphrase_file is None else _line(passphrase_file, "--passphrase-file"),
-        "ca": None if ca is None else ca.read_text("ascii", "replace"),
+        "ca": None if ca is None else read_file(ca, "--ca", most=_MAX_CA_BYTES).decode("ascii", "replace"),
         "proxy": None if proxy_file is None else _line(proxy_file, "--proxy-file"),
     }
     content = {field: value for field, value in content.items() if value is not None}
@@ -137,7 +140,10 @@ def add(
 @click.argument("name")
 @server_options
 def remove(name: str, url: str | None, key_file: Path | None, config: Path | None, *, as_json: bool) -> None:
-    """Remove an app that was added; what waits for it is not sent.
+    """Remove an app that was added.
+
+    What waits for it goes on waiting. It is sent if within a day an app of this name comes back with credentials for
+    its topic, and is given up on else.
 
     \b
     Example:

@@ -15,6 +15,7 @@ import click
 from heliograph.commands.apps import PATH, say_credentials
 from heliograph.commands.calling import Where, server_options
 from heliograph.commands.local import config_option, load_config, secret_from
+from heliograph.errors import ConfigError
 
 if TYPE_CHECKING:
     from heliograph.credentials import Description
@@ -106,10 +107,14 @@ def rotate_master_key(config: Path | None) -> None:
 def _describe(file: Path, key: Path | None, passphrase_file: Path | None) -> Description:
     import time
 
-    from heliograph.credentials import Kind, describe
+    from heliograph.config import read_file
+    from heliograph.credentials import Description, Kind, describe
 
-    content = file.read_bytes()
-    key_content = None if key is None else key.read_bytes()
+    try:
+        content = read_file(file, "FILE")
+    except ConfigError as error:
+        return Description(Kind.UNKNOWN, problems=(str(error).removeprefix("FILE: "),))
+    key_content = None if key is None else read_file(key, "--key")
     passphrase = None
     if passphrase_file is not None:
         passphrase = secret_from(passphrase_file, "--passphrase-file").rstrip(b"\r\n")

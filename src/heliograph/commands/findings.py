@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -9,19 +10,19 @@ import shutil
 import socket
 import stat
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import apsw
 
 from heliograph import credentials, vault
 from heliograph.apps.building import Contexts, Entry, build, kind_and_name, read_content
-from heliograph.apps.directory import master_key_path
+from heliograph.apps.directory import master_key_path, sealed_name
 from heliograph.commands.calling import RefusedError, UnreachableError, call, find_key
 from heliograph.config import Config
-from heliograph.errors import ConfigError, HeliographError
+from heliograph.errors import ConfigError, HeliographError, StoreError
 from heliograph.model import Access, SigningKey
 
 DATABASE = "heliograph.db"
@@ -90,7 +91,7 @@ def of_apps(config: Config) -> Iterator[tuple[Entry | None, list[Finding]]]:
         yield None, [warning("apps", f"what the running server has besides cannot be seen: {error}")]
     for shown in added:
         yield None, [_of_shown(f"app {shown['name']}", each) for each in shown["credentials"]]
-    if not config.apps and not added:
+    if not config.apps and not added and not _stored(config):
         yield None, [warning("apps", "there are none, so every notification is refused: add an [apps.NAME]")]
 
 
@@ -134,10 +135,47 @@ def _of_master_key(config: Config) -> Iterator[Finding]:
     try:
         path = master_key_path(config)
         if path.exists():
-            vault.load_or_make(path)
-            yield ok("master key", str(path))
+            yield from _of_records(vault.load_or_make(path), path, _stored(config))
+        elif stored := _stored(config):
+            yield problem(
+                "master key",
+                f"{path} is gone, and the database has apps that only it opens ({', '.join(stored)}): put it back",
+            )
     except ConfigError as error:
         yield problem("master key", str(error))
+
+
+def _of_records(opener: vault.Vault, path: Path, stored: Mapping[str, bytes]) -> Iterator[Finding]:
+    opened = 0
+    for name, record in stored.items():
+        try:
+            opener.open(sealed_name(name), record)
+            opened += 1
+        except StoreError as error:
+            yield problem("master key", str(error))
+    if opened == len(stored):
+        yield ok(
+            "master key", f"{path}, opens {opened} stored app{'' if opened == 1 else 's'}" if stored else str(path)
+        )
+
+
+def _stored(config: Config) -> dict[str, bytes]:
+    """The sealed records of the database by app; none where they cannot be read, of which `_of_database` tells."""
+    path = Path(config.data) / DATABASE
+    if not path.exists():
+        return {}
+    try:
+        with contextlib.closing(_read_only(path)) as database:
+            rows = database.execute("SELECT name, record FROM app ORDER BY name").fetchall()
+    except apsw.Error:
+        return {}
+    return dict(cast("list[tuple[str, bytes]]", rows))
+
+
+def _read_only(path: Path) -> apsw.Connection:
+    return apsw.Connection(
+        f"{path.absolute().as_uri()}?mode=ro", flags=apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI
+    )
 
 
 def _holder(database: Path) -> str | None:
@@ -162,7 +200,7 @@ def _of_database(path: Path, holder: str | None) -> Iterator[Finding]:
         return
     yield ok("database lock", "free: no server runs on it" if holder is None else f"held by process {holder}")
     try:
-        database = apsw.Connection(f"file:{path}?mode=ro", flags=apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI)
+        database = _read_only(path)
         try:
             until = time.monotonic() + _CHECK_S
             database.set_progress_handler(lambda: time.monotonic() > until, 10_000)
@@ -171,6 +209,12 @@ def _of_database(path: Path, holder: str | None) -> Iterator[Finding]:
             database.close()
     except apsw.InterruptError:
         yield ok("database", f"no fault found in {_CHECK_S:.0f} s of looking; it is too large to be looked through")
+    except (apsw.ReadOnlyError, apsw.CantOpenError, apsw.PermissionsError) as error:
+        yield problem(
+            "database",
+            f"{path} or its folder cannot be written by this user ({error}): run this as the server's user, or correct "
+            "owner and mode",
+        )
     except apsw.Error as error:
         yield problem("database", f"{path} cannot be read ({error}): put it back from a backup")
     else:

@@ -65,6 +65,8 @@ async def _of_endpoint(endpoint: Endpoint) -> Finding:
             connected = await _connected(addresses, proxy, endpoint)
     except (OSError, TimeoutError) as error:
         why = str(error) or "no answer"
+        if proxy and isinstance(error, ConnectionError) and error.errno is None:  # the proxy's own no, with advice
+            return problem(about, why)
         return problem(
             about, f"{first} cannot be reached ({why}): open the way in the firewall, try port 2197, or set a proxy"
         )
