@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from heliograph import service
 from heliograph.config import ApiSettings, AppSettings, Config, Environments
-from heliograph.doors import api, exchange
+from heliograph.doors import api, decoding, exchange, receipts
 from heliograph.doors.api import Api
 from heliograph.doors.web import make_app
 from heliograph.errors import ConfigError, Refused
@@ -209,10 +209,10 @@ async def test_every_friendly_field_and_header_reaches_apple(caller: Caller, app
     }
 
 
-def read(content: Any) -> api._Columns:
+def read(content: Any) -> decoding.Columns:
     """A body as columns."""
     body = content if isinstance(content, bytes) else json.dumps(content).encode()
-    return api._columns(api._parse(body, api._Post))
+    return decoding.columns(decoding.parse(body, decoding.Post))
 
 
 def test_texts_may_be_looked_up_and_sounds_be_critical() -> None:
@@ -298,7 +298,7 @@ async def test_what_is_sent_at_most_once_is_accepted_as_ever(caller: Caller) -> 
 
 
 def test_a_receipt_tells_what_is_being_sent_once_only() -> None:
-    body = api._receipt_body(Receipt("x", "shop", State.SENT, 1.0))
+    body = receipts.receipt_body(Receipt("x", "shop", State.SENT, 1.0))
     assert body.state == "sent"
     assert "once only" in body.meaning
 
@@ -553,7 +553,7 @@ def test_of_thousands_of_wrong_members_the_first_are_told_and_all_are_counted() 
 
 def test_what_a_caller_sent_is_not_shown() -> None:
     content = {"token": "cafe0123", "payload": {"aps": {"alert": "a secret"}}}
-    for shown in (repr(api._parse(json.dumps(content).encode(), api._Post)), repr(read(content))):
+    for shown in (repr(decoding.parse(json.dumps(content).encode(), decoding.Post)), repr(read(content))):
         assert "cafe0123" not in shown
         assert "a secret" not in shown
 
@@ -957,7 +957,7 @@ _json = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=12,
 )
-_known = st.sampled_from([*api._Post.__struct_fields__, "x"])
+_known = st.sampled_from([*decoding.Post.__struct_fields__, "x"])
 
 
 @given(
@@ -965,7 +965,7 @@ _known = st.sampled_from([*api._Post.__struct_fields__, "x"])
 )
 def test_any_octets_become_columns_or_a_problem(body: bytes) -> None:
     try:
-        columns = api._columns(api._parse(body, api._Post))
+        columns = decoding.columns(decoding.parse(body, decoding.Post))
     except (Refused, exchange.Problem):
         return
     count = len(columns.tokens)
