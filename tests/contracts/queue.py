@@ -497,7 +497,7 @@ class _Exercise:
 
     async def run(self, steps: int) -> None:
         for _ in range(steps):
-            await self.chance.choice([self.put, self.take, self.take, self.finish, self.wait])()
+            await self.chance.choice([self.put, self.take, self.take, self.finish, self.finish_late, self.wait])()
         while self.due:
             self.clock.advance(LEASE_S)
             while self.ready(()):
@@ -546,14 +546,19 @@ class _Exercise:
             await self.end(name, self.chance.choice([None, 0.0, self.clock() + self.chance.random() * 2 * LEASE_S]))
 
     async def end(self, name: str, again_at: float | None) -> None:
-        await self.queue.finish(
-            [LeaseEnd(name, self.attempts[name] - 1, 0.0), LeaseEnd(name, self.attempts[name], again_at)]
-        )
+        await self.queue.finish([self.late_end(name), LeaseEnd(name, self.attempts[name], again_at)])
         del self.held[name]
         if again_at is None:
             del self.due[name]
         else:
             self.due[name] = again_at
+        assert self.queue.waiting == sum(len(self.batches[name]) for name in self.due)
+
+    async def finish_late(self) -> None:
+        await self.queue.finish(list(map(self.late_end, self.chance.sample(list(self.held), min(3, len(self.held))))))
+
+    def late_end(self, name: str) -> LeaseEnd:
+        return LeaseEnd(name, self.attempts[name] - 1, self.chance.choice([None, 0.0]))
 
     async def wait(self) -> None:
         self.clock.advance(self.chance.random() * LEASE_S)

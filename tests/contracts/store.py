@@ -11,8 +11,10 @@ import struct
 import uuid
 
 import pytest
+from msgspec.structs import replace
 
 from heliograph.model import (
+    ApiKey,
     Batch,
     Detail,
     DeviceToken,
@@ -22,6 +24,7 @@ from heliograph.model import (
     Quarantine,
     Receipt,
     Removal,
+    Scope,
     State,
 )
 from heliograph.ports import Queue, Store
@@ -478,3 +481,16 @@ class StoreContract:
         assert await store.delete_app("shop") is True
         assert await store.delete_app("shop") is False
         assert await store.find_apps() == {"späti": b""}
+
+    async def test_api_keys_are_kept_replaced_and_deleted(self, store: Store) -> None:
+        assert list(await store.find_keys()) == []
+        ours = ApiKey("0b5cfe52", "späti", bytes(32), (Scope.MANAGE, Scope.SEND), ("shop", "späti"), START + 2, START)
+        first = ApiKey("ffffffff", "first", b"\xff" * 32, (Scope.READ,), None, START)
+        twin = replace(first, id="aaaaaaaa", apps=())
+        for key in (ours, first, twin, replace(ours, name="ci"), first):
+            await store.save_key(key)
+        assert list(await store.find_keys()) == [twin, first, replace(ours, name="ci")]
+        assert await store.delete_key(first.id) is True
+        assert await store.delete_key(first.id) is False
+        assert await store.delete_key("") is False
+        assert [key.id for key in await store.find_keys()] == [twin.id, ours.id]

@@ -290,7 +290,7 @@ async def test_second_process_is_refused_at_once_and_told_which_one_has_the_file
         process.kill()
         process.wait()
         async with opened(path) as store:
-            assert store.waiting >= 0
+            assert store.waiting == await run(store, lambda db: db.execute("SELECT total(size) FROM job").get)
 
 
 async def test_same_process_cannot_open_it_twice_but_again(path: Path) -> None:
@@ -703,6 +703,22 @@ async def test_damaged_batch_is_never_sent_again(path: Path, clock: Clock) -> No
         assert list(await store.replay(wanted)) == []
 
 
+async def test_replayed_batch_that_waits_in_another_line_than_its_size_says_is_due_at_once(
+    path: Path, clock: Clock
+) -> None:
+    """As after an update to another idea of what is a small batch (`turns.SMALL`)."""
+    batch = a_batch(2)
+    async with opened(path, clock) as store:
+        await store.put([batch])
+        await store.take(1)
+        await store.record([outcomes(batch, [State.BURIED, State.QUEUED])], [])
+        await store.finish([LeaseEnd(batch.id, 1, clock() + 900)])
+        await run(store, lambda db: db.execute("UPDATE job SET line = line + 1").fetchall())
+    async with opened(path, clock) as store:
+        assert list(await store.replay([batch.id + "0001"])) == [batch.id + "0001"]
+        assert ids(await store.take(1)) == [batch.id]
+
+
 def old_file(path: Path) -> dict[str, Batch]:
     """A file as the first version left it when it died: with what waits, is leased, is due later, and is finished."""
     first, *_ = sqlite_file.migrations()
@@ -812,8 +828,9 @@ def test_file_of_another_program_is_refused_and_left_alone(path: Path) -> None:
 
 def test_file_that_is_no_database_is_refused(path: Path) -> None:
     path.parent.mkdir()
-    path.write_bytes(b"not a database at all" * 100)
+    path.write_bytes(content := b"not a database at all" * 100)
     refused(path, "damaged or no SQLite file")
+    assert path.read_bytes() == content
 
 
 def test_migration_is_done_whole_or_not_at_all(path: Path) -> None:

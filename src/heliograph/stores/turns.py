@@ -13,7 +13,13 @@ from heapq import heapify, heappop, heappush
 from itertools import islice
 
 SMALL = 32
-"""Notifications in a small batch, at most."""
+"""Notifications in a small batch, at most.
+
+It may be changed: a job keeps the line that it was given when it was made, by migration 0002 with the number of that
+day or later with this one, and every line is looked into, so that what is in the other of its lane's lines is only
+sent a little sooner or later. `SMALL` of `carriers.apns.backlog` counts slices, in memory, and need not be the same;
+but a batch that is small in one place and large in the other waits behind large ones after all.
+"""
 
 _LARGE_ONES = 8
 """Large batches in one take, at most, unless an eighth of what is asked for is more: each is up to half a megabyte, and

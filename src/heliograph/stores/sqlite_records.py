@@ -1,0 +1,137 @@
+"""What is written to the SQLite store's file and changes nothing that waits or is leased (for that see `sqlite_jobs`).
+
+Outcomes, device tokens that are held back, apps, API keys, and the removal of what is old. Nothing is kept in memory here. Each
+function is a `group_commit.Work`, done for all calls of a group at once, but for `record_outcomes`, which is part of
+such.
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections.abc import Collection, Sequence
+
+import apsw
+
+from heliograph.stores.sqlite_file import Row
+from heliograph.stores.sqlite_rows import write_rows
+
+REMOVAL_LAPSES_S = 180 * 86400.0
+"""How long a removal holds. Whoever never registers device tokens with us would otherwise hold one back for ever."""
+
+STEP_S = 0.003
+"""How long one step of a purge may keep the writer, about."""
+
+_RECORD = """
+INSERT INTO outcome (row, attempt, states, times_ms, details, buried_id, buried_app)
+SELECT row, column2, column3, column4, column5,
+    CASE WHEN column6 THEN column1 END, CASE WHEN column6 THEN (SELECT app FROM batch WHERE id = column1) END
+FROM (VALUES {rows}) CROSS JOIN job ON row = (SELECT row FROM batch WHERE id = column1)
+WHERE attempt <= column2
+ON CONFLICT (row) DO UPDATE SET attempt = excluded.attempt, states = excluded.states, times_ms = excluded.times_ms,
+    details = excluded.details, buried_id = excluded.buried_id, buried_app = excluded.buried_app
+RETURNING (SELECT id FROM batch WHERE batch.row = outcome.row)"""
+
+_REMOVE = """
+INSERT INTO removal (app, environment, token, since, recorded_at) VALUES {rows}
+ON CONFLICT (app, environment, token) DO UPDATE SET since = excluded.since, recorded_at = excluded.recorded_at
+WHERE excluded.since > removal.since"""
+
+_QUARANTINE = """
+INSERT INTO quarantine (app, environment, token, until) VALUES {rows}
+ON CONFLICT (app, environment, token) DO UPDATE SET until = excluded.until WHERE excluded.until > quarantine.until"""
+
+# A UUIDv7 begins with its milliseconds (RFC 9562, section 5.7): ids are in the order of time.
+_OLD = """
+SELECT id, row, EXISTS (SELECT 1 FROM job WHERE job.row = batch.row) FROM batch
+WHERE id > ? AND id < ? ORDER BY id LIMIT 16"""
+
+_LAPSED = (
+    """
+DELETE FROM removal WHERE (app, environment, token) IN (
+    SELECT app, environment, token FROM removal INDEXED BY removal_recorded WHERE recorded_at <= ? LIMIT 64)""",
+    """
+DELETE FROM quarantine WHERE (app, environment, token) IN (
+    SELECT app, environment, token FROM quarantine INDEXED BY quarantine_until WHERE until <= ? LIMIT 64)""",
+)
+
+
+def record_outcomes(db: apsw.Connection, known: Sequence[Row]) -> list[Row]:
+    """The keys of the batches whose outcomes (see `outcome_row`) were recorded, each as a row."""
+    return write_rows(db, _RECORD, known)
+
+
+def record(db: apsw.Connection, calls: Sequence[tuple[list[Row], list[Row], list[Row]]]) -> list[Collection[bytes]]:
+    """The keys of the batches that were recorded, for each call."""
+    recorded: list[Collection[bytes]] = []
+    for known, _, _ in calls:
+        recorded.append({key for (key,) in record_outcomes(db, known)})
+    write_rows(db, _REMOVE, [row for _, dead, _ in calls for row in dead])
+    write_rows(db, _QUARANTINE, [row for _, _, held in calls for row in held])
+    return recorded
+
+
+def save_apps(db: apsw.Connection, calls: Sequence[Row]) -> list[None]:
+    sql = "INSERT INTO app VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET record = excluded.record"
+    db.executemany(sql, calls)
+    return [None] * len(calls)
+
+
+def delete_apps(db: apsw.Connection, calls: Sequence[str]) -> list[bool]:
+    answers = []
+    for name in calls:
+        db.execute("DELETE FROM app WHERE name = ?", (name,))
+        answers.append(db.changes() > 0)
+    return answers
+
+
+def save_keys(db: apsw.Connection, calls: Sequence[Row]) -> list[None]:
+    """Rows of `api_key_row`."""
+    db.executemany("REPLACE INTO api_key VALUES (?, ?, ?, ?, ?, ?, ?)", calls)
+    return [None] * len(calls)
+
+
+def delete_keys(db: apsw.Connection, calls: Sequence[str]) -> list[bool]:
+    answers = []
+    for id in calls:
+        db.execute("DELETE FROM api_key WHERE id = ?", (id,))
+        answers.append(db.changes() > 0)
+    return answers
+
+
+def purge(db: apsw.Connection, calls: Sequence[tuple[bytes, bytes]]) -> list[tuple[int, bytes | None]]:
+    """Delete finished batches between two ids, for one step: how many, and where the next one begins, if any."""
+    answers: list[tuple[int, bytes | None]] = []
+    for last, end in calls:
+        count, ends_at = 0, time.monotonic() + STEP_S / len(calls)
+        place: bytes | None = last
+        while time.monotonic() < ends_at:
+            old: list[Row] = db.execute(_OLD, (place, end)).fetchall()
+            if not old:
+                place = None
+                break
+            place = old[-1][0]
+            rows = array("q", [row for _, row, waits in old if not waits])
+            if rows:
+                db.execute("DELETE FROM outcome WHERE row IN carray(?)", (apsw.carray(rows),))
+                db.execute("DELETE FROM batch WHERE row IN carray(?)", (apsw.carray(rows),))
+                count += len(rows)
+        answers.append((count, place))
+    return answers
+
+
+def lapse(db: apsw.Connection, calls: Sequence[float]) -> list[bool]:
+    """Delete removals and quarantines that lapsed, for one step; whether there may be more.
+
+    A call's argument is the time, by the store's own clock.
+    """
+    now = max(calls)
+    ends_at = time.monotonic() + STEP_S
+    for sql, until in zip(_LAPSED, (now - REMOVAL_LAPSES_S, now), strict=True):
+        while True:
+            db.execute(sql, (until,))
+            if not db.changes():
+                break
+            if time.monotonic() >= ends_at:
+                return [True] * len(calls)
+    return [False] * len(calls)
