@@ -136,6 +136,14 @@ BAD_CERTIFICATE_ENVIRONMENT = _row(
     FollowUp.FIX_CREDENTIALS,
     "The client certificate is for the other environment: use the one made for this one.",
 )
+BAD_ENVIRONMENT_KEY_IN_TOKEN = _row(
+    # As Apple's servers were seen to spell it; the table on its page has the next.
+    "BadEnvironmentKeyInToken",
+    403,
+    1,
+    FollowUp.FIX_CREDENTIALS,
+    "The signing key is for the other environment: use one made for this one.",
+)
 BAD_ENVIRONMENT_KEY_ID_IN_TOKEN = _row(
     "BadEnvironmentKeyIdInToken",
     403,
@@ -148,7 +156,7 @@ EXPIRED_PROVIDER_TOKEN = _row(
     403,
     1,
     FollowUp.RENEW_PROVIDER_TOKEN,
-    "The provider token is older than an hour: it is made anew; if that does not help, the clock is wrong.",
+    "The provider token is older than an hour: it is made anew; if that does not help, set this machine's clock.",
 )
 FORBIDDEN = _row(
     "Forbidden", 403, 1, FollowUp.NEVER, "Apple does not allow this action: check what the account may do."
@@ -158,7 +166,8 @@ INVALID_PROVIDER_TOKEN = _row(
     403,
     1,
     FollowUp.FIX_CREDENTIALS,
-    "Apple cannot verify the provider token: check key, key id and team id, and whether the key was revoked.",
+    "Apple cannot verify the provider token: "
+    "check key, key id and team id, whether the key was revoked, and whether this machine's clock is fast.",
 )
 MISSING_PROVIDER_TOKEN = _row(
     "MissingProviderToken",

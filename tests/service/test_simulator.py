@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import socket
+import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -13,7 +16,7 @@ import pytest
 from heliograph.errors import ConfigError
 from heliograph.model import Environment
 from heliograph.net.http2 import Link, connect
-from heliograph.net.tls import client_context
+from heliograph.net.tls import Identity, client_context
 from heliograph.protocols.http2 import (
     Accepted,
     Answered,
@@ -30,8 +33,26 @@ from heliograph.protocols.http2 import (
     frames,
 )
 from heliograph.protocols.provider_token import mint, parse_signing_key
-from heliograph.simulator.faults import Answer, Cut, Delay, Reset, StreamLimit
-from heliograph.simulator.server import KEY_ID, TEAM_ID, Judged, Simulator, new_signing_key, run
+from heliograph.simulator.connection import AppleConnection
+from heliograph.simulator.faults import (
+    Action,
+    Answer,
+    Close,
+    Cut,
+    Delay,
+    Handshake,
+    HoldWindows,
+    Reset,
+    StopReading,
+    StreamLimit,
+    Trickle,
+    Withhold,
+)
+from heliograph.simulator.faults import (
+    GoAway as SayGoAway,
+)
+from heliograph.simulator.running import running
+from heliograph.simulator.server import KEY_ID, TEAM_ID, Judged, Simulator, new_signing_key
 from tests.programs import need
 
 ONE, TWO, THREE = "aa" * 32, "bb" * 32, "cc" * 32
@@ -73,8 +94,11 @@ class Client:
 
     async def until(self, done: Callable[[], bool]) -> None:
         while not done():
-            self._news.clear()
-            await self._news.wait()
+            await self.news()
+
+    async def news(self) -> None:
+        self._news.clear()
+        await self._news.wait()
 
     def submit(self, *tokens: str, payload: bytes = PAYLOAD, topic: str = TOPIC) -> range:
         """Send to these device tokens, in one write."""
@@ -357,12 +381,283 @@ async def test_stream_limit_changes_once_for_each_order(apple: Simulator) -> Non
         assert len(apple.received) == 3
 
 
+# -- the stream limit after a rejection --------------------------------------------------------------------------
+
+
+async def test_stream_limit_is_cut_after_a_rejection_until_the_next_good_push(apple: Simulator) -> None:
+    async with client_of(apple) as client:
+        await client.ask("abc")
+        await client.until(lambda: client.limits == [1, 1000, 1])
+        await client.ask("abc")
+        await client.ask(ONE)
+        await client.until(lambda: client.limits == [1, 1000, 1, 1000])
+
+
+async def test_answers_that_are_no_rejections_leave_the_stream_limit_alone(apple: Simulator) -> None:
+    apple.unregister(ONE, 1)
+    apple.rejects(TWO, "ServiceUnavailable")
+    async with client_of(apple) as client:
+        await client.ask(ONE, TWO)
+        await client.ask("abc")
+        await client.ask(ONE)
+        await client.ask(TWO)
+        await client.ask(THREE)
+        await client.until(lambda: client.limits[2:] == [1, 1000])
+
+
+async def test_last_answer_of_those_that_go_out_together_decides(apple: Simulator) -> None:
+    async with client_of(apple) as client:
+        await client.ask("abc", ONE)
+        await client.ask(ONE, "abc")
+        await client.until(lambda: client.limits == [1, 1000, 1])
+
+
+async def test_stream_limit_may_be_left_as_it_is() -> None:
+    async with Simulator(cuts_limit=False) as apple, client_of(apple) as client:
+        await client.ask("abc")
+        await client.ask(ONE)
+        assert client.limits == [1, 1000]
+
+
+# -- faults that last ----------------------------------------------------------------------------------------------
+
+
+async def test_what_comes_while_nothing_is_read_is_answered_afterwards(apple: Simulator) -> None:
+    async with client_of(apple) as client:
+        apple.misbehaves(StopReading(0.05), token=ONE, times=1)
+        client.submit(TWO, ONE, TWO, THREE)
+        await client.until(lambda: 2 in client.ends)
+        assert set(client.ends) == {0, 1, 2}
+        await client.ask(TWO)
+        assert [client.ends[place] for place in range(6)] == [Accepted] * 6
+    assert [received.token for received in apple.received] == [TWO, ONE, TWO, THREE, TWO]
+
+
+async def test_connection_that_is_not_read_for_good_holds_up_no_other(apple: Simulator) -> None:
+    async with client_of(apple) as client, client_of(apple) as other:
+        apple.misbehaves(StopReading(then=Withhold()), token=ONE, times=1)
+        came = asyncio.Event()
+        apple.follow(lambda _: came.set())
+        client.submit(ONE)
+        await came.wait()
+        client.submit(TWO, ONE)
+        assert await other.ask(ONE, TWO) == [Accepted] * 2
+        assert len(client.ends) == 1
+    assert [received.token for received in apple.received] == [ONE, ONE, TWO]
+
+
+async def test_what_the_client_cancelled_while_nothing_was_read_is_not_acted_on(apple: Simulator) -> None:
+    async with client_of(apple) as client:
+        apple.misbehaves(StopReading(0.05, then=Withhold()), token=ONE, times=1)
+        apple.delays(0.01, token=TWO)
+        client.submit(ONE, TWO)
+        # The greeting had stream 1.
+        client.link.core._out.append(frames.rst_stream(5, ErrorCode.CANCEL))
+        assert await client.ask(THREE) == [Accepted]
+        await client.ask(TWO)
+    assert [received.id for received in apple.received] == [ID + "0001", ID + "0003", ID + "0004"]
+
+
+async def test_body_never_comes_in_whole_where_its_window_stays_closed() -> None:
+    async with Simulator(cuts_limit=False) as apple, client_of(apple) as client:
+        apple.misbehaves(HoldWindows(10), times=1)
+        await client.ask(ONE)
+        client.submit(ONE)
+        # Without a body it needs no window, and is answered behind the one that waits.
+        assert reason((await client.ask(TWO, payload=b""))[0]) == (400, "PayloadEmpty")
+        assert 2 not in client.ends
+        assert await client.ask(TWO, payload=b"0123456789") == [Accepted]
+        assert 2 not in client.ends
+    assert [len(received.payload) for received in apple.received] == [len(PAYLOAD), 10]
+
+
+async def test_window_of_the_connection_is_not_opened_again(apple: Simulator) -> None:
+    async with client_of(apple) as client:
+        apple.misbehaves(HoldWindows(65_535), times=1)
+        await client.ask(ONE)
+        assert await client.ask(*[ONE] * 255, payload=b"x" * 4096) == [Accepted] * 255
+        assert client.link.core._send_window == 2**20 - 255 * 4096 - 2 * len(PAYLOAD)
+
+
+async def test_answers_come_in_pieces_and_are_whole(apple: Simulator) -> None:
+    async with client_of(apple) as client:
+        apple.misbehaves(Trickle(7, 0.0005), times=1)
+        apple.unregister(TWO, 1_700_000_000_123)
+        first, second, third = await client.ask(ONE, TWO, THREE)
+        assert (first, third) == (Accepted, Accepted)
+        assert reason(second) == (410, "Unregistered")
+
+
+async def test_pieces_are_as_long_as_was_ordered() -> None:
+    core = AppleConnection(0.0, max_streams=1, limits=Simulator()._limits)
+    whole = core.data_to_send()
+    core = AppleConnection(0.0, max_streams=1, limits=Simulator()._limits)
+    core.speak_in_pieces()
+    said = [core.data_to_send()]
+    while b"".join(said) != whole:
+        core.say_more(4)
+        said += [core.data_to_send(), core.data_to_send()]
+    assert {len(piece) for piece in said[1:-2:2]} == {4}
+    assert set(said[::2]) == {b""}
+
+
+async def test_goodbye_ends_the_pieces(apple: Simulator) -> None:
+    async with client_of(apple) as client:
+        apple.misbehaves(Trickle(1, 3600.0), times=1)
+        apple.says_goodbye("Shutdown")
+        client.submit(ONE)
+        assert await client.ask(TWO) == [Accepted]
+        assert client.ends[1] is Accepted
+        await client.until(lambda: client.closed)
+        assert len(client.goodbyes) == 1
+
+
+# -- connections that suffer as they open --------------------------------------------------------------------------
+
+
+async def opened(apple: Simulator) -> Client:
+    link = await connect(Client, host="localhost", port=apple.port, tls=client_context(apple.ca_pem))
+    assert isinstance(link.session, Client)
+    return link.session
+
+
+@pytest.mark.parametrize(
+    "how, error, words",
+    [
+        ("expired", ssl.SSLCertVerificationError, "certificate has expired"),
+        ("other-name", ssl.SSLCertVerificationError, "(?i)hostname mismatch"),
+        ("untrusted", ssl.SSLCertVerificationError, "unable to get local issuer"),
+        ("alert", ssl.SSLError, "(?i)handshake.failure"),
+        ("closed", OSError, None),
+    ],
+)
+async def test_handshake_fails_as_ordered_and_the_next_one_does_not(
+    apple: Simulator, how: Any, error: type[Exception], words: str | None
+) -> None:
+    apple.misbehaves(Handshake(how), times=1)
+    with pytest.raises(error, match=words):
+        await opened(apple)
+    async with client_of(apple) as client:
+        assert await client.ask(ONE) == [Accepted]
+    assert apple.connections == 2
+
+
+async def test_unanswered_handshake_holds_up_no_other_and_ends_with_the_simulator() -> None:
+    async with Simulator() as apple:
+        apple.misbehaves(Handshake("silent"), connection=1)
+        waiting = asyncio.create_task(opened(apple))
+        while not apple.connections:  # noqa: ASYNC110 - the simulator has no event for it
+            await asyncio.sleep(0)
+        async with client_of(apple) as client:
+            assert await client.ask(ONE) == [Accepted]
+        assert not waiting.done()
+    with pytest.raises(OSError):
+        await waiting
+
+
+async def test_client_that_gives_an_unanswered_handshake_up_is_let_go(apple: Simulator) -> None:
+    apple.misbehaves(Handshake("silent"))
+    reader, writer = await asyncio.open_connection("127.0.0.1", apple.port)
+    writer.write(b"hello")
+    writer.write_eof()
+    assert await reader.read() == b""
+    writer.close()
+    await writer.wait_closed()
+
+
+async def test_identity_that_was_given_makes_the_faulty_certificates_untrusted_ones() -> None:
+    whole = Simulator().identity
+    given = Identity(whole.ca_pem, whole.certificate_pem, whole.key_pem)
+    async with Simulator(identity=given) as apple:
+        apple.misbehaves(Handshake("expired"))
+        with pytest.raises(ssl.SSLCertVerificationError):
+            await opened(apple)
+
+
+@pytest.mark.parametrize("action", [Close(), Cut()])
+async def test_connection_ends_right_after_its_handshake(apple: Simulator, action: Action) -> None:
+    apple.misbehaves(action, opening=True, times=1)
+    client = await opened(apple)
+    await client.until(lambda: client.closed)
+    assert client.goodbyes == []
+    async with client_of(apple) as other:
+        assert await other.ask(ONE) == [Accepted]
+
+
+async def test_connection_is_said_goodbye_to_before_any_request(apple: Simulator) -> None:
+    apple.misbehaves(SayGoAway("Shutdown"), opening=True, times=1)
+    client = await opened(apple)
+    await client.until(lambda: client.closed)
+    assert [(each.last_stream_id, msgspec.json.decode(each.debug)) for each in client.goodbyes] == [
+        (0, {"reason": "Shutdown"})
+    ]
+
+
+async def test_connection_begins_with_another_stream_limit(apple: Simulator) -> None:
+    apple.misbehaves(StreamLimit(7), opening=True)
+    async with client_of(apple, greet=False) as client:
+        await client.until(lambda: client.limits == [1, 7])
+        assert await client.ask(ONE, TWO) == [Accepted] * 2
+        assert client.limits == [1, 7]
+
+
+async def test_connection_is_not_read_from_the_beginning_for_a_while(apple: Simulator) -> None:
+    apple.misbehaves(StopReading(0.02), opening=True, connection=1)
+    async with client_of(apple, greet=False) as client, client_of(apple) as other:
+        assert await client.ask(ONE) == [Accepted]
+        assert await other.ask(TWO) == [Accepted]
+
+
+async def test_nothing_is_left_when_the_simulator_ends_amid_all_faults() -> None:
+    before = asyncio.all_tasks()
+    async with Simulator() as apple:
+        lasting: list[Action] = [
+            StopReading(),
+            StopReading(3600.0),
+            HoldWindows(),
+            Trickle(1, 3600.0),
+            Delay(3600.0),
+            Withhold(),
+        ]
+        clients = []
+        for action in lasting:
+            apple.misbehaves(action, times=1)
+            client = await opened(apple)
+            client.jwt = mint(apple.signing_key, time.time())
+            while not client.limits:
+                await client.news()
+            client.submit(ONE)
+            clients.append(client)
+            while apple.misbehaving:  # noqa: ASYNC110 - as above
+                await asyncio.sleep(0)
+        apple.misbehaves(Handshake("silent"))
+        halves = [await asyncio.open_connection("127.0.0.1", apple.port) for _ in range(2)]
+        apple.behaves()
+        halves.append(await asyncio.open_connection("127.0.0.1", apple.port))
+        while apple.connections < len(clients) + len(halves):  # noqa: ASYNC110 - as above
+            await asyncio.sleep(0)
+    assert asyncio.all_tasks() == before
+    for client in clients:
+        client.link.abort()
+        await client.link.closed
+    for _, writer in halves:
+        writer.transport.abort()
+
+
+async def test_simulator_listens_on_every_address_of_its_host() -> None:
+    async with Simulator(host="localhost") as apple:
+        for *_, address in socket.getaddrinfo("localhost", apple.port, type=socket.SOCK_STREAM):
+            _, writer = await asyncio.open_connection(str(address[0]), apple.port)
+            writer.close()
+            await writer.wait_closed()
+
+
 # -- the journal -------------------------------------------------------------------------------------------------
 
 
 async def test_journal_has_a_line_for_each_request_before_its_answer(tmp_path: Path) -> None:
     path = tmp_path / "journal"
-    async with Simulator(journal=path) as apple, client_of(apple) as client:
+    async with Simulator(journal=path, cuts_limit=False) as apple, client_of(apple) as client:
         apple.withholds(TWO)
         apple.resets(THREE, ErrorCode.INTERNAL_ERROR)
         await client.ask("abc")
@@ -437,47 +732,26 @@ async def test_client_that_speaks_only_http_1_is_not_served(apple: Simulator, tm
         assert await client.ask(ONE) == [Accepted]
 
 
-# -- for the command line ----------------------------------------------------------------------------------------
+# -- as a program ------------------------------------------------------------------------------------------------
 
 
-@asynccontextmanager
-async def running(folder: Path, port: int = 0) -> AsyncIterator[list[str]]:
-    said: list[str] = []
-    complete = asyncio.Event()
-
-    def say(line: str) -> None:
-        said.append(line)
-        if len(said) == 3:
-            complete.set()
-
-    async with asyncio.TaskGroup() as group:
-        task = group.create_task(run("127.0.0.1", port, folder, say))
-        group.create_task(complete.wait())
-        await complete.wait()
-        yield said
-        task.cancel()
-
-
-async def test_run_says_where_the_files_are_and_makes_them_once(tmp_path: Path) -> None:
+async def test_files_for_clients_are_made_once(tmp_path: Path) -> None:
     folder = tmp_path / "apple"
     contents = []
     for _ in range(2):
-        async with running(folder) as said:
-            assert str(folder / "ca.pem") in said[1]
-            assert KEY_ID in said[2]
-            assert TEAM_ID in said[2]
+        async with running(folder) as run:
+            assert (run.ca_file, run.key_file) == (folder / "ca.pem", folder / f"AuthKey_{KEY_ID}.p8")
             contents.append({path.name: path.read_bytes() for path in folder.iterdir()})
     assert contents[0] == contents[1]
-    assert contents[0].keys() == {"ca.pem", "server.pem", "server.key", f"AuthKey_{KEY_ID}.p8"}
+    server = {"server.pem", "server.key", "expired.pem", "other-name.pem"}
+    assert contents[0].keys() == {"ca.pem", f"AuthKey_{KEY_ID}.p8", *server}
     assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o600}
 
 
-async def test_client_with_the_files_of_run_is_served(tmp_path: Path) -> None:
-    async with running(tmp_path) as said:
-        port = int(said[0].split(":")[-1].split()[0])
-        pem = (tmp_path / f"AuthKey_{KEY_ID}.p8").read_bytes()
-        key = parse_signing_key(pem, key_id=KEY_ID, team_id=TEAM_ID)
-        link = await connect(Client, host="localhost", port=port, tls=client_context(tmp_path / "ca.pem"))
+async def test_client_with_these_files_is_served(tmp_path: Path) -> None:
+    async with running(tmp_path) as run:
+        key = parse_signing_key(run.key_file.read_bytes(), key_id=KEY_ID, team_id=TEAM_ID)
+        link = await connect(Client, host="localhost", port=run.apple.port, tls=client_context(run.ca_file))
         client = link.session
         assert isinstance(client, Client)
         client.jwt = mint(key, time.time())
@@ -485,14 +759,18 @@ async def test_client_with_the_files_of_run_is_served(tmp_path: Path) -> None:
         assert await client.ask(ONE) == [Accepted]
         link.abort()
         await link.closed
+    async with running(tmp_path) as run:
+        run.apple.misbehaves(Handshake("expired"))
+        with pytest.raises(ssl.SSLCertVerificationError, match="expired"):
+            await opened(run.apple)
 
 
 async def test_taken_port_and_unusable_folder_are_named(apple: Simulator, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"127.0.0.1:{apple.port}"):
-        await run("127.0.0.1", apple.port, tmp_path, lambda _: None)
+        await running(tmp_path, port=apple.port).__aenter__()
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"folder .* cannot be used"):
-        await run("127.0.0.1", 0, tmp_path / "file", lambda _: None)
+        await running(tmp_path / "file").__aenter__()
 
 
 def test_new_signing_keys_differ() -> None:

@@ -1,10 +1,26 @@
 from __future__ import annotations
 
+import msgspec
 import pytest
 
-from heliograph.errors import Refused
 from heliograph.protocols.http2 import ErrorCode
-from heliograph.simulator.faults import Action, Answer, Close, Delay, Faults, GoAway, Reset, StreamLimit, Withhold
+from heliograph.simulator.faults import (
+    Action,
+    Answer,
+    Close,
+    Cut,
+    Delay,
+    Faults,
+    GoAway,
+    Handshake,
+    HoldWindows,
+    Reset,
+    Rule,
+    StopReading,
+    StreamLimit,
+    Trickle,
+    Withhold,
+)
 
 ONE, TWO = "aa" * 32, "bb" * 32
 APP = "com.example.app"
@@ -131,9 +147,147 @@ def test_reason_that_apple_does_not_have_is_refused() -> None:
 
 
 def test_rule_that_could_never_match_is_refused() -> None:
-    with pytest.raises(Refused):
+    with pytest.raises(ValueError, match="device token"):
         Faults().withholds("not hex")
     with pytest.raises(ValueError, match="1 or more"):
         Faults().withholds(ONE, times=0)
     with pytest.raises(ValueError, match="above 0"):
         Faults().misbehaves(Close(), share=0.0)
+
+
+# -- for connections as they open --------------------------------------------------------------------------------
+
+
+def test_rule_for_connections_takes_no_requests_and_the_other_way_round() -> None:
+    faults = Faults()
+    faults.misbehaves(Close(), opening=True)
+    assert found(faults) is None
+    assert not faults.misbehaving
+    assert faults.find_opening_fault(1, 0.0) == Close()
+    faults.behaves()
+    faults.misbehaves(Close())
+    assert faults.find_opening_fault(1, 0.0) is None
+
+
+def test_failed_handshake_is_for_connections_without_saying_so() -> None:
+    faults = Faults()
+    faults.misbehaves(Handshake("expired"), times=1)
+    assert found(faults) is None
+    assert [faults.find_opening_fault(number, 0.0) for number in (1, 2)] == [Handshake("expired"), None]
+
+
+def test_rule_for_connections_matches_by_number_count_and_time() -> None:
+    faults = Faults()
+    faults.misbehaves(Handshake("silent"), connection=2)
+    faults.misbehaves(Handshake("alert"), after=2, times=1)
+    faults.misbehaves(Cut(), opening=True, start=10.0, until=20.0)
+    assert [faults.find_opening_fault(number, 10.0 * (number - 4)) for number in range(1, 7)] == [
+        None,
+        Handshake("silent"),
+        None,
+        Handshake("alert"),
+        Cut(),
+        None,
+    ]
+
+
+# -- as data -----------------------------------------------------------------------------------------------------
+
+decode = msgspec.json.Decoder(Rule).decode
+
+SAID = [
+    (
+        '{"action": {"kind": "delay", "seconds": 1, "then": {"kind": "answer", "status": 503, "reason": "Shutdown"}}}',
+        Rule(Delay(1.0, then=Answer(503, "Shutdown"))),
+    ),
+    (
+        '{"action": {"kind": "answer", "status": 410, "reason": "Unregistered", "since": 5}, "token": "aa"}',
+        Rule(Answer(410, "Unregistered", since=5), token="aa"),
+    ),
+    ('{"action": {"kind": "withhold"}, "app": "com.example.app", "times": 3}', Rule(Withhold(), app=APP, times=3)),
+    ('{"action": {"kind": "reset", "code": 8, "acted": true}, "share": 0.5}', Rule(Reset(8, acted=True), share=0.5)),
+    (
+        '{"action": {"kind": "goaway", "reason": "Shutdown", "newest": 3}, "after": 10}',
+        Rule(GoAway("Shutdown", newest=3), after=10),
+    ),
+    ('{"action": {"kind": "close"}, "stream": 7}', Rule(Close(), stream=7)),
+    ('{"action": {"kind": "cut"}, "opening": true}', Rule(Cut(), opening=True)),
+    (
+        '{"action": {"kind": "stream-limit", "count": 1, "then": {"kind": "delay", "seconds": 0.5}}}',
+        Rule(StreamLimit(1, then=Delay(0.5))),
+    ),
+    (
+        '{"action": {"kind": "stop-reading", "seconds": 2}, "start": 10, "until": 20}',
+        Rule(StopReading(2.0), start=10.0, until=20.0),
+    ),
+    ('{"action": {"kind": "hold-windows", "octets": 100}}', Rule(HoldWindows(100))),
+    (
+        '{"action": {"kind": "trickle", "octets": 2, "seconds": 0.1}, "connection": 2}',
+        Rule(Trickle(2, 0.1), connection=2),
+    ),
+    ('{"action": {"kind": "handshake", "how": "other-name"}}', Rule(Handshake("other-name"))),
+]
+
+
+@pytest.mark.parametrize("text, rule", SAID, ids=[type(rule.action).__name__ for _, rule in SAID])
+def test_every_fault_can_be_said_in_json(text: str, rule: Rule) -> None:
+    assert decode(text) == rule
+    assert decode(msgspec.json.encode(rule)) == rule
+
+
+def test_rules_are_listed_by_id_with_what_is_left_of_them() -> None:
+    faults = Faults()
+    first = faults.add_rule(Rule(Close(), after=3))
+    second = faults.add_rule(Rule(Handshake("closed")))
+    third = faults.rejects(ONE, "Shutdown", times=2)
+    assert list(faults.rules()) == [first, second, third]
+    found(faults)
+    assert faults.rules() == {
+        first: Rule(Close(), after=2),
+        second: Rule(Handshake("closed")),
+        third: Rule(Answer(503, "Shutdown"), token=ONE, times=1),
+    }
+    found(faults)
+    assert list(faults.rules()) == [first, second]
+
+
+def test_rule_that_is_removed_is_gone_and_its_id_never_used_again() -> None:
+    faults = Faults()
+    first, second = faults.withholds(), faults.misbehaves(Handshake("alert"))
+    assert faults.remove_rule(first)
+    assert not faults.remove_rule(first)
+    assert found(faults) is None
+    assert faults.remove_rule(second)
+    assert faults.find_opening_fault(1, 0.0) is None
+    assert faults.withholds() not in (first, second)
+
+
+def test_rule_shows_no_token_in_its_repr() -> None:
+    assert ONE not in repr(Rule(Close(), token=ONE))
+
+
+@pytest.mark.parametrize(
+    "text, complaint",
+    [
+        ('{"action": {"kind": "explode"}}', "explode"),
+        ('{"action": {"kind": "close"}, "tokn": "aa"}', "tokn"),
+        ('{"action": {"kind": "close", "code": 1}}', "code"),
+        ('{"action": {"kind": "close"}, "token": "zz"}', "hex digits only"),
+        ('{"action": {"kind": "delay", "seconds": -1}}', "`seconds` is 0 or more"),
+        ('{"action": {"kind": "answer", "status": 99, "reason": "Odd"}}', "`status` is from"),
+        ('{"action": {"kind": "reset", "code": -1}}', "`code`"),
+        ('{"action": {"kind": "hold-windows", "octets": 65536}}', "`octets`"),
+        ('{"action": {"kind": "trickle", "octets": 0}}', "`octets` is 1 or more"),
+        ('{"action": {"kind": "trickle", "seconds": 0}}', "`seconds` above 0"),
+        ('{"action": {"kind": "withhold"}, "opening": true}', "needs a request"),
+        ('{"action": {"kind": "delay", "seconds": 1}, "opening": true}', "needs a request"),
+        (
+            '{"action": {"kind": "stream-limit", "count": 1, "then": {"kind": "close"}}, "opening": true}',
+            "`then` needs a request",
+        ),
+        ('{"action": {"kind": "handshake", "how": "alert"}, "token": "aa"}', "has no `token`"),
+    ],
+)
+def test_rule_that_cannot_be_is_refused_with_what_is_wrong(text: str, complaint: str) -> None:
+    with pytest.raises(msgspec.ValidationError, match=complaint):
+        decode(text)

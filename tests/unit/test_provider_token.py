@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from base64 import urlsafe_b64decode, urlsafe_b64encode
+from base64 import b64encode, urlsafe_b64decode, urlsafe_b64encode
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -195,6 +195,13 @@ def test_unsigned_token_is_invalid() -> None:
     header = to_base64(json.dumps(HEADER | {"alg": "none"}).encode())
     assert refused(header + b"." + TOKEN.split(".")[1].encode() + b".") == "InvalidProviderToken"
     assert refused(TOKEN.rpartition(".")[0].encode() + b".") == "InvalidProviderToken"
+
+
+def test_token_in_padded_base64_is_taken_as_apple_takes_that_of_a2() -> None:
+    text = b".".join(b64encode(json.dumps(part).encode()) for part in (HEADER, CLAIMS))
+    token = text + b"." + b64encode(PRIVATE.sign(text, ec.ECDSA(SHA256())))
+    assert b"=" in token
+    assert verify(token, find_key, ISSUED_AT) == Claims(KEY_ID, TEAM_ID, ISSUED_AT)
 
 
 @pytest.mark.parametrize(

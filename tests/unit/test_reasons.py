@@ -21,7 +21,7 @@ DOCUMENTED = {
     """,
     403: """
         BadCertificate BadCertificateEnvironment ExpiredProviderToken Forbidden InvalidProviderToken
-        MissingProviderToken UnrelatedKeyIdInToken BadEnvironmentKeyIdInToken TopicMismatch
+        MissingProviderToken UnrelatedKeyIdInToken BadEnvironmentKeyIdInToken BadEnvironmentKeyInToken TopicMismatch
     """,
     404: "BadPath",
     405: "MethodNotAllowed",

@@ -360,6 +360,55 @@ def test_second_key_on_a_connection_is_unrelated(apple: Apple) -> None:
     assert ask(apple, request(bearer(OTHER_KEY))).status == 200
 
 
+def test_related_key_may_use_the_same_connection_and_its_tokens_may_alternate() -> None:
+    apple, visit = Apple(), Visit()
+    apple.add_key(KEY)
+    apple.add_key(OTHER_KEY, related=KEY.key_id)
+    for key in (KEY, OTHER_KEY, KEY, OTHER_KEY):
+        assert ask(apple, request(bearer(key)), visit=visit).status == 200
+    renewed = request(bearer(OTHER_KEY, NOW + GRID_S))
+    assert ask(apple, renewed, visit=visit, now=NOW + LEAST_AGE_S - 1).reason == "TooManyProviderTokenUpdates"
+    other_way = Visit()
+    for key in (OTHER_KEY, KEY):
+        assert ask(apple, request(bearer(key)), visit=other_way).status == 200
+
+
+def test_key_of_another_team_is_never_related() -> None:
+    apple, visit = Apple(), Visit()
+    apple.add_key(KEY)
+    apple.add_key(FOREIGN_KEY, related=KEY.key_id)
+    ask(apple, request(), visit=visit)
+    assert ask(apple, request(bearer(FOREIGN_KEY)), visit=visit).reason == "UnrelatedKeyIdInToken"
+
+
+def test_key_of_one_environment_is_for_no_other() -> None:
+    for environment, reason in (
+        (Environment.PRODUCTION, None),
+        (Environment.DEVELOPMENT, "BadEnvironmentKeyInToken"),
+    ):
+        apple = Apple()
+        apple.add_key(KEY, environment=environment)
+        assert ask(apple, request()).reason == reason
+
+
+def test_topic_specific_key_is_for_its_topics_only() -> None:
+    apple = Apple()
+    apple.add_key(KEY, topics=[TOPIC])
+    other = request(("apns-topic", "com.example.other"))
+    assert ask(apple, request()).status == 200
+    assert ask(apple, request(("apns-topic", f"{TOPIC}.voip"), ("apns-push-type", "voip"))).status == 200
+    assert ask(apple, other).reason == "TopicDisallowed"
+    apple.add_app("com.example.other", KEY.team_id)
+    assert ask(apple, other).reason == "TopicDisallowed"
+    assert ask(apple, request()).reason == "TopicDisallowed", "the team has not this app"
+
+
+def test_provider_token_from_the_future_is_invalid_until_its_time(apple: Apple) -> None:
+    early = request(bearer(KEY, NOW + MAX_AGE_S))
+    assert ask(apple, early).reason == "InvalidProviderToken"
+    assert ask(apple, early, now=NOW + MAX_AGE_S).status == 200
+
+
 def test_connection_is_known_by_its_key_only_after_a_good_provider_token(apple: Apple) -> None:
     visit = Visit()
     ask(apple, request(("authorization", "bearer x")), visit=visit)
@@ -425,6 +474,24 @@ def test_token_of_another_topic_is_not_for_this_one(apple: Apple) -> None:
     assert ask(apple, request()).status == 200
     verdict = ask(apple, request(("apns-topic", "com.example.other")))
     assert verdict.reason == "DeviceTokenNotForTopic"
+
+
+def test_device_token_may_get_so_many_a_second_where_there_is_a_limit() -> None:
+    apple = Apple(device_limit=2)
+    apple.add_key(KEY)
+    other = "/3/device/" + "cd" * 32
+    assert [ask(apple, request()).status for _ in range(3)] == [200, 200, 429]
+    assert ask(apple, request()).reason == "TooManyRequests"
+    assert ask(apple, request(path=other)).status == 200
+    assert ask(apple, request(), now=NOW + 1).status == 200
+    assert len(apple.received) == 4
+
+
+def test_keys_and_apps_can_be_listed(apple: Apple) -> None:
+    apple.add_app("com.example.b", "TEAMTEAM01")
+    apple.add_app("com.example.a", "TEAMTEAM01")
+    assert apple.apps() == [("com.example.a", "TEAMTEAM01"), ("com.example.b", "TEAMTEAM01")]
+    assert apple.keys()[0] == (KEY.key_id, KEY.team_id)
 
 
 # -- faults ------------------------------------------------------------------------------------------------------

@@ -4,18 +4,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from heliograph.commands.demo import ALIVE, TOPIC
 from heliograph.commands.local import free_port, run_loop
+from heliograph.commands.telling import tell
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from heliograph.simulator.devices import Shown
+    from heliograph.simulator.running import Running
+
+_UNPRINTED = 10_000
+"""Notifications that wait for a slow terminal or reader, at most."""
+
+_COLOURS = {"alert": "green", "background": "blue", "voip": "magenta", "liveactivity": "cyan"}
 
 
 @click.command()
-@click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen.")
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Where to listen; the control API listens there too."
+)
 @click.option("--port", type=click.IntRange(0, 65535), default=2197, show_default=True, help="0: any free one.")
+@click.option(
+    "--control-port",
+    type=click.IntRange(0, 65535),
+    help="Of the control API, plain HTTP.  [default: the first free one after --port]",
+)
+@click.option(
+    "--environment",
+    type=click.Choice(["production", "development"]),
+    default="production",
+    show_default=True,
+    help="Which of Apple's two it is; device tokens and keys belong to one.",
+)
+@click.option("--strict", is_flag=True, help="Take no device token but those that were registered.")
+@click.option(
+    "--client-ca",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Take client certificates of these authorities, PEM, in place of provider tokens.",
+)
+@click.option(
+    "--faults",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="A fault script, JSON or TOML: how to misbehave from the start.",
+)
+@click.option("--watch", is_flag=True, help="Print each notification as its device shows it.")
+@click.option("--json", "as_json", is_flag=True, help="The same as JSON lines; the first says where it listens.")
 @click.option(
     "--folder",
     type=click.Path(path_type=Path, file_okay=False),
@@ -24,65 +66,172 @@ from heliograph.commands.local import free_port, run_loop
     help="Where clients find the certificate to trust and a signing key.",
 )
 @click.option("--journal", type=click.Path(path_type=Path, dir_okay=False), help="Write each request there, as JSON.")
-def simulate(host: str, port: int, folder: Path, journal: Path | None) -> None:
+def simulate(
+    host: str,
+    port: int,
+    control_port: int | None,
+    environment: str,
+    client_ca: Path | None,
+    faults: Path | None,
+    folder: Path,
+    journal: Path | None,
+    *,
+    strict: bool,
+    watch: bool,
+    as_json: bool,
+) -> None:
     """Run a simulator of Apple's service.
 
     It is for clients in any language, and runs until Ctrl-C. It takes every device token and topic, if the provider
-    token is made with its signing key.
+    token is made with its signing key; what it should do otherwise, its control API is told.
 
     \b
-    Example:
-      heliograph simulate --port 2197
+    Examples:
+      heliograph simulate --watch
+      heliograph simulate --strict --environment development
+      heliograph simulate --port 0 --json --faults faults.toml
     """
-    run_loop(_simulate(host, port or free_port(0), folder, journal))
+    from heliograph.model import Environment
+    from heliograph.simulator.reading import load_rules, read_file
+    from heliograph.simulator.running import running
+
+    rules = [] if faults is None else load_rules(faults)
+    authorities = None if client_ca is None else read_file(client_ca, "The authorities of clients")
+    if control_port is None:
+        control_port = free_port(port + 1) if 0 < port < 65535 else 0
+    run_loop(
+        _simulate(
+            running(
+                folder,
+                host=host,
+                port=port,
+                control_port=control_port,
+                environment=Environment(environment),
+                strict=strict,
+                journal=journal,
+                client_authorities=authorities,
+                rules=rules,
+            ),
+            watch=watch or as_json,
+            as_json=as_json,
+        )
+    )
 
 
-async def _simulate(host: str, port: int, folder: Path, journal: Path | None) -> None:
+async def _simulate(running: AbstractAsyncContextManager[Running], *, watch: bool, as_json: bool) -> None:
     import asyncio
+    import signal
 
-    from heliograph.simulator import server
-
-    listens = asyncio.Event()
-
-    def say(line: str) -> None:
-        click.echo(line)
-        listens.set()
-
-    async with asyncio.TaskGroup() as group:
-        group.create_task(server.run(host, port, folder, say, journal=journal))
-        await listens.wait()
-        _say_how_to_connect(port, folder)
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    async with running as simulator, asyncio.TaskGroup() as group:
+        tell(simulator.control.describe()) if as_json else _say_how_to_connect(simulator, watch=watch)
+        if watch:
+            group.create_task(_Printer(as_json=as_json).run(simulator, stop))
+        await stop.wait()
 
 
-def _say_how_to_connect(port: int, folder: Path) -> None:
-    import time
+class _Printer:
+    """Prints what devices show. A slow terminal or reader holds up nobody: where too much waits, some is left out."""
 
-    from heliograph.protocols.provider_token import mint, parse_signing_key
-    from heliograph.simulator.server import KEY_ID, TEAM_ID
+    def __init__(self, *, as_json: bool) -> None:
+        from heliograph.simulator.watching import Watcher
 
-    key_path = folder / f"AuthKey_{KEY_ID}.p8"
-    key = parse_signing_key(key_path.read_bytes(), key_id=KEY_ID, team_id=TEAM_ID)
+        self._as_json = as_json
+        self._watcher = Watcher()
+        self._waiting: deque[tuple[int, Shown]] = deque(maxlen=_UNPRINTED)
+        self._printed = 0
+        """The number of the last one."""
+
+    async def run(self, simulator: Running, stop: asyncio.Event) -> None:
+        """Until `stop` is set and all is printed."""
+        import asyncio
+
+        news = asyncio.Event()
+        number = 0
+
+        def on_shown(shown: Shown) -> None:
+            nonlocal number
+            number += 1
+            self._waiting.append((number, shown))
+            news.set()
+
+        unfollow = simulator.apple.follow(on_shown)
+        stopping = asyncio.create_task(stop.wait())
+        stopping.add_done_callback(lambda _: news.set())
+        try:
+            while self._waiting or not stop.is_set():
+                await news.wait()
+                news.clear()
+                lines = [line for number, shown in self._take() for line in self._lines(number, shown)]
+                if lines:
+                    await asyncio.to_thread(click.echo, "\n".join(lines))
+        finally:
+            stopping.cancel()
+            unfollow()
+
+    def _take(self) -> Iterator[tuple[int, Shown]]:
+        while self._waiting:
+            yield self._waiting.popleft()
+
+    def _lines(self, number: int, shown: Shown) -> Iterator[str]:
+        from heliograph.simulator.watching import as_json
+
+        missed = number - self._printed - 1
+        self._printed = number
+        if self._as_json:
+            yield as_json(shown, number).decode()
+            return
+        if missed:
+            yield f"... {missed} more that could not be printed in time"
+        line = self._watcher.line(shown)
+        kind = click.style(f"{line.push_type:<12}", fg=_COLOURS.get(line.push_type, "yellow"))
+        note = click.style(f"  ({line.note})", dim=True) if line.note else ""
+        yield f"{click.style(line.at, dim=True)}  {line.token}  {kind}  {line.text}{note}"
+
+
+def _say_how_to_connect(simulator: Running, *, watch: bool) -> None:
+    apple, control = simulator.apple, simulator.control.url
+    key = apple.signing_key
+    here = "localhost" if apple.host in ("127.0.0.1", "::1", "0.0.0.0", "::") else apple.host  # noqa: S104
+    devices = ", registered devices only" if apple.strict else ""
     say = _say
+    say(f"Apple's simulator listens on https://{apple.host}:{apple.port} ({apple.environment}{devices})")
+    say(f"  trust        {simulator.ca_file}")
+    say(f"  signing key  {simulator.key_file}  (key id {key.key_id}, team id {key.team_id})")
+    say(f"  control      {control}  (devices, what they show, faults)")
     say("")
-    say("Try it; the provider token in this line is good for half an hour at least:")
+    if apple.strict:
+        say("Register a device:")
+        say("")
+        say(f"curl -sS -X PUT {control}/devices/{ALIVE}")
+        say("")
+    say("Send to it:")
     say("")
-    say(f"curl -i --http2 --cacert {folder / 'ca.pem'} \\")
-    say(f"  -H 'authorization: bearer {mint(key, time.time())}' \\")
+    say(f"curl -i --http2 --cacert {simulator.ca_file} \\")
+    say(f'  -H "authorization: bearer $(curl -sS {control}/provider-token)" \\')
     say(f"  -H 'apns-topic: {TOPIC}' -H 'apns-push-type: alert' \\")
     say('  -d \'{"aps": {"alert": "Hello"}}\' \\')
-    say(f"  https://localhost:{port}/3/device/{ALIVE}")
+    say(f"  https://{here}:{apple.port}/3/device/{ALIVE}")
+    say("")
+    say("See what it shows:")
+    say("")
+    say(f"curl -sS {control}/devices/{ALIVE}/shown")
     say("")
     say("With heliograph, in heliograph.toml:")
     say("")
     say("[apps.demo]")
     say(f'topic = "{TOPIC}"')
-    say(f'key = "{key_path}"')
-    say(f'team_id = "{TEAM_ID}"')
-    say('host = "localhost"')
-    say(f"port = {port}")
-    say(f'ca = "{folder / "ca.pem"}"')
+    say(f'key = "{simulator.key_file}"')
+    say(f'team_id = "{key.team_id}"')
+    if apple.environment != "production":
+        say(f'environment = "{apple.environment}"')
+    say(f'host = "{here}"')
+    say(f"port = {apple.port}")
+    say(f'ca = "{simulator.ca_file}"')
     say("")
-    say("Ctrl-C ends it.")
+    say("Ctrl-C ends it." if not watch else "Ctrl-C ends it. What devices show comes here:")
+    say("")
 
 
 _say: Callable[[str], None] = click.echo

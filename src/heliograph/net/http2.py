@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import socket
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Generic, Protocol, TypeVar, cast
 
 from heliograph.protocols.http2 import ClientConnection, ErrorCode, Event, Failed, ServerConnection
@@ -49,6 +49,7 @@ class Link(asyncio.Protocol, Generic[Core]):
         self._new_core: Callable[[float], Core] = new_core
         self._flush_due = False
         self._finishing = False
+        self._deaf = False
         self._blocked_since: float | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._last_words: asyncio.TimerHandle | None = None
@@ -76,6 +77,17 @@ class Link(asyncio.Protocol, Generic[Core]):
         if not self._flush_due:
             self._flush_due = True
             self._loop.call_soon(self._write)
+
+    def stop_reading(self) -> None:
+        """Leave in the socket what the peer says, until `read_on`; that it goes away is not noticed either."""
+        self._deaf = True
+        self._transport.pause_reading()
+
+    def read_on(self) -> None:
+        """Take `stop_reading` back."""
+        self._deaf = False
+        if self.writable and not self._transport.is_closing():
+            self._transport.resume_reading()
 
     def finish(self) -> None:
         """Close as soon as no stream is open. Who wants no new ones says GOAWAY first."""
@@ -117,7 +129,7 @@ class Link(asyncio.Protocol, Generic[Core]):
     def resume_writing(self) -> None:
         self.writable = True
         self._blocked_since = None
-        if not self._transport.is_closing():
+        if not self._deaf and not self._transport.is_closing():
             self._transport.resume_reading()
         self.session.on_writable()
         self._write()
@@ -175,18 +187,23 @@ class Listener:
     async def aclose(self, grace_s: float = 1.0) -> None:
         """Listen no more; say GOAWAY, give open streams `grace_s` to be answered, then close."""
         self._server.close()
-        links = list(self.links)
-        for link in links:
-            link.core.goaway(ErrorCode.NO_ERROR)
-            link.finish()
-        if links:
-            _, late = await asyncio.wait([link.closed for link in links], timeout=grace_s)
-            if late:
-                for link in links:
-                    link.abort()
-                await asyncio.wait(late)
+        await end_links(self.links, grace_s)
         with contextlib.suppress(TimeoutError):  # from Python 3.12 on it waits for TLS handshakes as well
             await asyncio.wait_for(self._server.wait_closed(), grace_s)
+
+
+async def end_links(links: Iterable[Link[ServerConnection]], grace_s: float) -> None:
+    """Say GOAWAY on all of them, give open streams `grace_s` to be answered, then close."""
+    links = list(links)
+    for link in links:
+        link.core.goaway(ErrorCode.NO_ERROR)
+        link.finish()
+    if links:
+        _, late = await asyncio.wait([link.closed for link in links], timeout=grace_s)
+        if late:
+            for link in links:
+                link.abort()
+            await asyncio.wait(late)
 
 
 async def listen(

@@ -32,6 +32,7 @@ _CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
 
 _NAMES = ("localhost", "api.push.apple.com", "api.sandbox.push.apple.com", "api.development.push.apple.com")
 _ADDRESSES = ("127.0.0.1", "::1")
+_OTHER_NAME = "other.example"
 # macOS and iOS take no certificate of a hand-installed authority for longer than 825 days.
 _LIFETIME = datetime.timedelta(days=800)
 _BACKDATED = datetime.timedelta(hours=1)
@@ -44,6 +45,10 @@ class Identity(Struct, frozen=True):
     ca_pem: bytes
     certificate_pem: bytes
     key_pem: bytes
+    expired_pem: bytes = b""
+    """A certificate like the first, of the same key, that has ended. Throwaway identities have one, as the next."""
+    other_name_pem: bytes = b""
+    """One for another host."""
 
     def __repr__(self) -> str:
         return "<TLS identity>"
@@ -118,27 +123,25 @@ def throwaway_identity(now: datetime.datetime) -> Identity:
     ca = _signed(
         "heliograph simulator CA", ca_key, ca_key, now, [(x509.BasicConstraints(ca=True, path_length=0), True)]
     )
-    alternative = x509.SubjectAlternativeName(
-        [
-            *(x509.DNSName(name) for name in _NAMES),
-            *(x509.IPAddress(ip_address(address)) for address in _ADDRESSES),
-        ]
-    )
-    certificate = _signed(
-        "localhost",
-        key,
-        ca_key,
-        now,
-        [
+
+    def issue(name: str, now: datetime.datetime, alternatives: list[x509.GeneralName]) -> bytes:
+        extensions: list[tuple[x509.ExtensionType, bool]] = [
             (x509.BasicConstraints(ca=False, path_length=None), True),
             (x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), False),
-            (alternative, False),
-        ],
-    )
+            (x509.SubjectAlternativeName(alternatives), False),
+        ]
+        return _signed(name, key, ca_key, now, extensions).public_bytes(Encoding.PEM)
+
+    names: list[x509.GeneralName] = [
+        *(x509.DNSName(name) for name in _NAMES),
+        *(x509.IPAddress(ip_address(address)) for address in _ADDRESSES),
+    ]
     return Identity(
         ca.public_bytes(Encoding.PEM),
-        certificate.public_bytes(Encoding.PEM),
+        issue("localhost", now, names),
         key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()),
+        expired_pem=issue("localhost", now - _LIFETIME - _BACKDATED, names),
+        other_name_pem=issue(_OTHER_NAME, now, [x509.DNSName(_OTHER_NAME)]),
     )
 
 

@@ -10,7 +10,7 @@ Sources: Apple, "Establishing a token-based connection to APNs"; RFC 7515, RFC 7
 from __future__ import annotations
 
 import re
-from base64 import urlsafe_b64decode, urlsafe_b64encode
+from base64 import b64encode, urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
@@ -19,7 +19,7 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
 from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
 from msgspec import Struct
 
 from heliograph import reasons
@@ -44,6 +44,8 @@ _FILE_NAME = re.compile(r"AuthKey_([A-Z0-9]{10})\.p8")
 # 1.2.840.113549.1.7.1, which stands near the beginning of every PKCS#12 file (RFC 7292, section 4).
 _PKCS7_DATA = bytes.fromhex("2a864886f70d010701")
 
+_PUBLIC = b"-----BEGIN PUBLIC KEY-----"
+
 _T = TypeVar("_T")
 
 
@@ -58,12 +60,17 @@ class Claims(Struct, frozen=True):
 
 def parse_signing_key(pem: bytes, *, key_id: str, team_id: str) -> SigningKey:
     """A signing key from the contents of Apple's .p8 file. Raises ConfigError that says what is wrong with it."""
+    check_ids(key_id, team_id)
+    _private_key(pem)
+    return SigningKey(key_id, team_id, pem)
+
+
+def check_ids(key_id: str, team_id: str) -> None:
+    """Raises ConfigError where one of them is none of Apple's form."""
     if not _KEY_ID.fullmatch(key_id):
         raise ConfigError("The key id must be 10 capital letters and digits, as in the file's name AuthKey_<key id>.p8")
     if not _KEY_ID.fullmatch(team_id):
         raise ConfigError("The team id must be 10 capital letters and digits, as the developer account shows it")
-    _private_key(pem)
-    return SigningKey(key_id, team_id, pem)
 
 
 def key_id_from_filename(name: str) -> str | None:
@@ -73,8 +80,16 @@ def key_id_from_filename(name: str) -> str | None:
 
 
 def public_key(key: SigningKey) -> ec.EllipticCurvePublicKey:
-    """What verifies this key's tokens. Raises ConfigError."""
-    return _private_key(key.pem).public_key()
+    """What verifies this key's tokens; its public half alone will do, as PEM. Raises ConfigError."""
+    if _PUBLIC not in key.pem:
+        return _private_key(key.pem).public_key()
+    try:
+        public = load_pem_public_key(key.pem)
+    except (ValueError, UnsupportedAlgorithm):
+        raise ConfigError("The public key is damaged PEM: write it out anew") from None
+    if not (isinstance(public, ec.EllipticCurvePublicKey) and isinstance(public.curve, ec.SECP256R1)):
+        raise ConfigError("The public key is no elliptic-curve key on P-256: Apple has no others")
+    return public
 
 
 def issue_time(now: float) -> int:
@@ -150,13 +165,16 @@ def _decode(part: bytes, decode: Callable[[bytes], _T]) -> _T:
 
 
 def _from_base64(part: bytes) -> bytes:
-    """RFC 7515, section 2: no padding, no other alphabet, no stray bits."""
+    """RFC 7515, section 2: no padding, no other alphabet, no stray bits; or base64 with all of its padding.
+
+    Apple takes the latter too: the Rust library a2, which has been in use for years, makes no other.
+    """
     try:
         octets = urlsafe_b64decode(part + b"=" * (-len(part) % 4))
     except ValueError:
         octets = b""
     # Python's decoder skips what it does not know; what comes back the same had nothing to skip.
-    if not octets or _to_base64(octets) != part:
+    if not octets or part not in (_to_base64(octets), b64encode(octets)):
         _invalid("is not base64url without padding")
     return octets
 

@@ -1,29 +1,40 @@
 """What Apple would say: the keys, apps and devices it knows, and its judgement of a request. Pure.
 
 Devices are lenient: every well-formed device token is one of this environment and of the topic it is used with, until
-`register` or `unregister` says otherwise. So are teams: one without an app listed may send to every topic.
+`register` or `unregister` says otherwise; in the strict mode there are only those that were registered. So are teams:
+one without an app listed may send to every topic. What becomes of an accepted notification is told in `devices`.
 
 The order of the checks. Apple publishes none; whatever is wrong first is answered.
 
-1. Method. Seen from outside: a HEAD with useless credentials draws 405 (appleboy/gorush, issue 568).
-2. Path: BadPath, then MissingDeviceToken. From here on the order is our choice.
-3. DuplicateHeaders, for `authorization` and `apns-*`.
-4. The provider token: missing, invalid, expired, of another key than the connection's first, renewed within 20
-   minutes. After an expired one a connection takes no other. With a client certificate none of this is looked at.
-5. Fields: `apns-id`, `apns-expiration`, `apns-collapse-id`, `apns-priority`, `apns-push-type`.
-6. The topic: missing, malformed or with a suffix that the push type does not have, of another team or certificate.
-7. The payload: empty, too large. What it says is not judged.
-8. The device token: malformed or of the other environment, of another topic, unregistered.
+1. Certificate: one of the other environment (BadCertificateEnvironment) or not for pushing (BadCertificate) is told by
+   GOAWAY, before any request. Seen from outside: sideshow/apns2, issue 93.
+2. Method. Seen from outside: a HEAD with useless credentials draws 405 (appleboy/gorush, issue 568).
+3. Path: BadPath, then MissingDeviceToken. From here on the order is our choice, but for what Apple's "Sending
+   notification requests to APNs" says of authentication: it comes before the device token.
+4. DuplicateHeaders, for `authorization` and `apns-*`.
+5. The provider token: missing; invalid (form, algorithm, key id, signature, `iat` in the future); expired; of another
+   team than its key; made with a key of the other environment; of a key that has nothing to do with the connection's
+   first; renewed within 20 minutes. After an expired one a connection takes no other (jchambers/pushy,
+   TokenAuthenticationApnsClientHandler). With a client certificate none of this is looked at. Of the key's environment
+   Apple's table says BadEnvironmentKeyIdInToken; its servers were seen to say BadEnvironmentKeyInToken
+   (swift-server-community/APNSwift, pull request 229), as we do.
+6. Fields: `apns-id`, `apns-expiration`, `apns-collapse-id`, `apns-priority`, `apns-push-type`.
+7. The topic: missing, malformed or with a suffix that the push type does not have, of another team or certificate, or
+   not one that its topic-specific key was made for (TopicDisallowed; Apple does not say which reason that has).
+8. The payload: empty, too large. What it says is not judged.
+9. The device token: malformed, of the other environment or not registered in the strict mode, of another topic,
+   unregistered.
+10. Too many in a second for this device token, where there is a limit. Apple publishes none.
 
-Sources: Apple, "Sending notification requests to APNs" and "Handling notification responses from APNs".
+Sources: Apple, "Sending notification requests to APNs", "Handling notification responses from APNs" and "Establishing
+a token-based connection to APNs" (team-scoped and topic-specific keys, related keys, one connection a team).
 """
 
 from __future__ import annotations
 
 import re
 from binascii import unhexlify
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from math import inf
 from uuid import uuid4
 
@@ -32,16 +43,16 @@ from msgspec import Struct
 
 from heliograph import reasons
 from heliograph.errors import Refused
-from heliograph.model import DeviceToken, Environment, PushType, SigningKey
+from heliograph.model import Environment, PushType, SigningKey
 from heliograph.protocols import apns
 from heliograph.protocols.certificate import Particulars
 from heliograph.protocols.http2 import Field
 from heliograph.protocols.provider_token import MAX_AGE_S, Claims, public_key, verify
 from heliograph.reasons import Reason
+from heliograph.simulator.devices import KEEP, Device, Devices, Received, Shown
 from heliograph.simulator.faults import Answer, Faults
 
-KEEP = 1000
-"""Notifications that stay readable in `Apple.received`."""
+__all__ = ["KEEP", "Apple", "Device", "Received", "Shown", "Verdict", "Visit", "addressed_to"]
 
 MAX_PAYLOAD_BYTES = 4096
 MAX_VOIP_PAYLOAD_BYTES = 5120
@@ -60,21 +71,6 @@ _PUSH_TYPES = {kind.encode(): kind for kind in PushType}
 _PRIORITIES = frozenset((b"1", b"5", b"10"))
 
 
-class Received(Struct, frozen=True):
-    """A notification that was accepted: what its device would be shown."""
-
-    id: str
-    """The `apns-id`, the client's or ours."""
-    token: DeviceToken
-    topic: str
-    push_type: PushType
-    payload: bytes
-    collapse_id: str | None = None
-
-    def __repr__(self) -> str:
-        return f"<notification {self.id} for {self.topic}>"
-
-
 class Verdict(Struct, frozen=True, gc=False):
     """The answer to one request."""
 
@@ -91,7 +87,7 @@ class Verdict(Struct, frozen=True, gc=False):
 class Visit:
     """What Apple remembers of one connection."""
 
-    __slots__ = ("authorization", "authorized_at", "certificate", "epoch", "expired", "key_id", "memo")
+    __slots__ = ("authorization", "certificate", "epoch", "expired", "in_use", "key_id", "memo")
 
     def __init__(self, certificate: Particulars | None = None) -> None:
         self.certificate = certificate
@@ -99,22 +95,23 @@ class Visit:
         self.key_id: str | None = None
         """The key of the first good provider token; None while there was none."""
         self.authorization = b""
-        """The provider token in use, with its scheme."""
-        self.authorized_at = 0.0
-        """Since when, in UNIX seconds."""
+        """The provider token that was used last, with its scheme."""
+        self.in_use: dict[str, tuple[bytes, float]] = {}
+        """The provider token in use of each key, and since when, in UNIX seconds."""
         self.expired = False
         """One of its provider tokens was."""
         self.memo: dict[tuple[Field, ...], _Common] = {}
         self.epoch = 0
 
 
-class _Device(Struct, frozen=True):
-    """A device token of which more is known than that it exists."""
+class _Key(Struct, frozen=True):
+    """A signing key as Apple knows it."""
 
-    topic: bytes | None = None
-    environment: Environment | None = None
-    since: int | None = None
-    """UNIX milliseconds from which it is dead."""
+    team_id: str
+    public: EllipticCurvePublicKey
+    environment: Environment | None
+    topics: frozenset[str] | None
+    related: str | None
 
 
 class _Common(Struct, frozen=True):
@@ -123,6 +120,7 @@ class _Common(Struct, frozen=True):
     method: Reason | None
     duplicate: bool
     authorization: bytes
+    key_id: str
     provider_token: Reason | None
     good_until: float
     """UNIX seconds at which the provider token expires."""
@@ -134,56 +132,86 @@ class _Common(Struct, frozen=True):
     max_payload_bytes: int
 
 
-class Apple(Faults):
-    """Judges requests; can be told what there is (`add_app`, `unregister`, ...) and how to misbehave (`Faults`)."""
+class Apple(Faults, Devices):
+    """Judges requests; can be told what there is (`add_app`, `Devices`) and how to misbehave (`Faults`)."""
 
-    def __init__(self, environment: Environment = Environment.PRODUCTION, *, keep: int = KEEP) -> None:
-        """`keep`: how many accepted notifications stay readable; 0 for a benchmark."""
-        super().__init__()
+    def __init__(
+        self,
+        environment: Environment = Environment.PRODUCTION,
+        *,
+        strict: bool = False,
+        device_limit: int | None = None,
+        keep: int = KEEP,
+    ) -> None:
+        """`strict`: there are no devices but those that were registered.
+
+        `device_limit`: how many notifications a second one device token may get; None: as many as there are.
+        `keep`: how many accepted notifications stay readable; 0 for a benchmark.
+        """
+        Faults.__init__(self)
+        Devices.__init__(self, strict=strict, keep=keep)
         self.environment = environment
-        self._kept: deque[Received] = deque(maxlen=keep)
+        self.device_limit = device_limit
         self._keeps = keep > 0
-        self._keys: dict[str, tuple[str, EllipticCurvePublicKey]] = {}
+        self._keys: dict[str, _Key] = {}
         self._apps: dict[str, set[str]] = {}
         """Bundle ids of each team that has any."""
-        self._devices: dict[bytes, _Device] = {}
         self._claims: dict[bytes, Claims] = {}
         """Provider tokens that were verified: the signature costs some 100 us."""
         self._epoch = 0
         """Grows when what connections remember may have become wrong."""
+        self._second = 0
+        self._counts: dict[bytes, int] = {}
+        """Notifications of this second by device token, where there is a limit."""
         # Ids that we make share their beginning with no other simulator, and end in a number.
         self._id_prefix = str(uuid4())[:24]
         self._ids = 0
 
     # -- what there is -------------------------------------------------------------------------------------------
 
-    @property
-    def received(self) -> list[Received]:
-        """The notifications that were accepted last, oldest first."""
-        return list(self._kept)
+    def add_key(
+        self,
+        key: SigningKey,
+        *,
+        environment: Environment | None = None,
+        topics: Collection[str] | None = None,
+        related: str | None = None,
+    ) -> None:
+        """Take provider tokens made with this key. Raises ConfigError where it is none.
 
-    def clear_received(self) -> None:
-        """Forget what was received so far."""
-        self._kept.clear()
-
-    def add_key(self, key: SigningKey) -> None:
-        """Take provider tokens made with this key. Raises ConfigError where it is none."""
-        self._keys[key.key_id] = (key.team_id, public_key(key))
-        self._claims.clear()
-        self._epoch += 1
+        `environment`: the only one that it is for, as of a team-scoped key. `topics`: the bundle ids that a
+        topic-specific key is for. `related`: the id of the key whose provider tokens may use the same connections.
+        """
+        scope = None if topics is None else frozenset(topics)
+        self._keys[key.key_id] = _Key(key.team_id, public_key(key), environment, scope, related)
+        self._forget_verified()
 
     def add_app(self, bundle_id: str, team_id: str) -> None:
         """This app is of this team, whose keys may send to its topics; from now on, to those of listed apps only."""
         self._apps.setdefault(team_id, set()).add(bundle_id)
+        self._forget_verified()
+
+    def keys(self) -> list[tuple[str, str]]:
+        """Key id and team id of every key."""
+        return [(key_id, key.team_id) for key_id, key in self._keys.items()]
+
+    def apps(self) -> list[tuple[str, str]]:
+        """Bundle id and team id of every app that is listed."""
+        return [(app, team_id) for team_id, apps in self._apps.items() for app in sorted(apps)]
+
+    def reset(self) -> None:
+        """Forget devices, what they got, keys, apps and rules. Who follows still does, and connections stay open."""
+        self.behaves()
+        self.dice.seed(0)
+        self._forget_devices()
+        self._keys.clear()
+        self._apps.clear()
+        self._counts.clear()
+        self._forget_verified()
+
+    def _forget_verified(self) -> None:
+        self._claims.clear()
         self._epoch += 1
-
-    def register(self, token: str, *, topic: str | None = None, environment: Environment | None = None) -> None:
-        """The device token is alive (again). It is for `topic` only and of `environment`; None: any, and ours."""
-        self._devices[apns.check_token(token)] = _Device(None if topic is None else topic.encode(), environment)
-
-    def unregister(self, token: str, since: int) -> None:
-        """The app is gone from the device: 410 from now on, with `since` (UNIX milliseconds) as its timestamp."""
-        self._devices[apns.check_token(token)] = _Device(since=since)
 
     # -- the judgement -------------------------------------------------------------------------------------------
 
@@ -216,7 +244,7 @@ class Apple(Faults):
         token = path[len(apns.PATH_PREFIX) :].lower()
         expiration = varying.get(b"apns-expiration")
         collapse_id = varying.get(b"apns-collapse-id")
-        device = self._devices.get(token)
+        device = self._known.get(token)
 
         if common.method is not None:
             no = common.method
@@ -230,7 +258,7 @@ class Apple(Faults):
             no = common.provider_token
         elif now > common.good_until or visit.expired:
             no = reasons.EXPIRED_PROVIDER_TOKEN
-        elif common.authorization != visit.authorization and not _change(visit, common.authorization, now):
+        elif common.authorization != visit.authorization and not _change(visit, common, now):
             no = reasons.TOO_MANY_PROVIDER_TOKEN_UPDATES
         elif known_id is not apns_id and apns_id is not None:
             no = reasons.BAD_MESSAGE_ID
@@ -244,26 +272,26 @@ class Apple(Faults):
             no = reasons.PAYLOAD_EMPTY
         elif len(body) > common.max_payload_bytes:
             no = reasons.PAYLOAD_TOO_LARGE
-        elif not _is_token(token) or (device is not None and device.environment not in (None, self.environment)):
+        elif not _is_token(token) or (
+            self.strict if device is None else device.environment not in (None, self.environment)
+        ):
             no = reasons.BAD_DEVICE_TOKEN
         elif device is not None and device.topic not in (None, common.topic_octets):
             no = reasons.DEVICE_TOKEN_NOT_FOR_TOPIC
         elif device is not None and device.since is not None:
             return Verdict(410, known_id, reasons.UNREGISTERED.word, device.since)
+        elif self.device_limit is not None and self._is_too_much(token, now):
+            no = reasons.TOO_MANY_REQUESTS
         elif instead is not None:
             return Verdict(instead.status, known_id, instead.reason, instead.since, instead.retry_after_s)
         else:
-            if self._keeps:
-                self._kept.append(
-                    Received(
-                        known_id.decode(),
-                        DeviceToken(token.decode()),
-                        common.topic,
-                        common.push_type,
-                        body,
-                        None if collapse_id is None else collapse_id.decode("utf-8", "replace"),
-                    )
-                )
+            if self._keeps or self._followers or device is not None:
+                entry = (known_id, token, common.topic, common.push_type, body, collapse_id, now)
+                if self._followers or device is not None:
+                    self._take(entry, device, expiration)
+                else:  # as that would do, for speed
+                    self._accepted.append(entry)
+                    self._arrived.append(entry)
             if self.environment is Environment.DEVELOPMENT:
                 return Verdict(200, known_id, unique_id=self._new_id())
             return Verdict(200, known_id)
@@ -274,6 +302,13 @@ class Apple(Faults):
     def _new_id(self) -> bytes:
         self._ids += 1
         return f"{self._id_prefix}{self._ids:012x}".encode()
+
+    def _is_too_much(self, token: bytes, now: float) -> bool:
+        if int(now) != self._second:
+            self._second = int(now)
+            self._counts.clear()
+        count = self._counts[token] = self._counts.get(token, 0) + 1
+        return self.device_limit is not None and count > self.device_limit
 
     def _read(self, visit: Visit, shared: tuple[Field, ...], now: float) -> _Common:
         values: dict[bytes, bytes] = {}
@@ -308,13 +343,14 @@ class Apple(Faults):
         elif certificate is not None:
             late = None if topic.decode() in certificate.topics else reasons.TOPIC_DISALLOWED
         elif claims is not None:
-            late = self._judge_topic(topic.decode(), kind, claims.team_id)
+            late = self._judge_topic(topic.decode(), kind, claims)
         else:
             late = None
         common = _Common(
             None if values.get(b":method") == b"POST" else reasons.METHOD_NOT_ALLOWED,
             duplicate,
             authorization,
+            "" if claims is None else claims.key_id,
             refusal,
             inf if claims is None else claims.issued_at + MAX_AGE_S,
             late,
@@ -338,24 +374,38 @@ class Apple(Faults):
         claims = self._claims.get(token)
         if claims is None:
             claims = verify(token, self._find_key, now)
-            if claims.team_id != self._keys[claims.key_id][0]:
+            if claims.team_id != self._keys[claims.key_id].team_id:
                 raise Refused(reasons.INVALID_PROVIDER_TOKEN.word, "The signing key is of another team.")
+            if self._keys[claims.key_id].environment not in (None, self.environment):
+                raise Refused(
+                    reasons.BAD_ENVIRONMENT_KEY_IN_TOKEN.word, "The signing key is for the other environment."
+                )
             if len(self._claims) >= _REMEMBERED:
                 self._claims.clear()
             self._claims[token] = claims
         if now > claims.issued_at + MAX_AGE_S:
             raise Refused(reasons.EXPIRED_PROVIDER_TOKEN.word, "The provider token is older than an hour.")
-        if visit.key_id not in (None, claims.key_id):
+        if visit.key_id is None:
+            visit.key_id = claims.key_id
+        elif not self._are_related(visit.key_id, claims.key_id):
             raise Refused(reasons.UNRELATED_KEY_ID_IN_TOKEN.word, "The connection began with another key.")
-        visit.key_id = claims.key_id
         return claims
 
     def _find_key(self, key_id: str) -> EllipticCurvePublicKey | None:
         known = self._keys.get(key_id)
-        return None if known is None else known[1]
+        return None if known is None else known.public
 
-    def _judge_topic(self, topic: str, kind: PushType, team_id: str) -> Reason | None:
-        apps = self._apps.get(team_id)
+    def _are_related(self, first: str, other: str) -> bool:
+        if first == other:
+            return True
+        one, two = self._keys.get(first), self._keys[other]
+        return one is not None and one.team_id == two.team_id and (one.related == other or two.related == first)
+
+    def _judge_topic(self, topic: str, kind: PushType, claims: Claims) -> Reason | None:
+        apps = self._apps.get(claims.team_id)
+        scope = self._keys[claims.key_id].topics
+        if scope is not None:
+            apps = set(scope) if apps is None else apps & scope
         if apps is None:
             return None if topic.endswith(apns.topic_for("", kind)) else reasons.BAD_TOPIC
         if apns.allowed_topic(topic, kind, apps):
@@ -375,12 +425,17 @@ def addressed_to(fields: Sequence[Field]) -> tuple[bytes, bytes]:
     return path[len(apns.PATH_PREFIX) :].lower() if path.startswith(apns.PATH_PREFIX) else b"", topic
 
 
-def _change(visit: Visit, authorization: bytes, now: float) -> bool:
-    """Whether the connection may use another provider token than before; from now on it does."""
-    if visit.authorization and now < visit.authorized_at + LEAST_AGE_S:
-        return False
-    visit.authorization = authorization
-    visit.authorized_at = now
+def _change(visit: Visit, common: _Common, now: float) -> bool:
+    """Whether the connection may use another provider token than the last; from now on it does.
+
+    Those of related keys may alternate. A key's own may change once in a while only.
+    """
+    before = visit.in_use.get(common.key_id)
+    if before is None or before[0] != common.authorization:
+        if before is not None and now < before[1] + LEAST_AGE_S:
+            return False
+        visit.in_use[common.key_id] = common.authorization, now
+    visit.authorization = common.authorization
     return True
 
 

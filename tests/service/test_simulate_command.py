@@ -1,0 +1,260 @@
+"""`heliograph simulate` as people use it: the real program, the lines that it prints, curl and Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from heliograph.model import DeviceToken, PushType
+from heliograph.simulator.devices import KEEP, Received, Shown
+from heliograph.simulator.watching import Watcher
+from tests.certificates import authority, push_certificate
+from tests.programs import need
+from tests.service.pushing import TOPIC, push
+from tests.service.test_cli import ALIVE, PATIENCE_S, PROGRAM, environment, paste, pasted, run, start
+
+ONE = "aa" * 32
+SIMULATE = ["simulate", "--port", "0", "--folder", "apple"]
+
+
+class Simulating:
+    """The program with `--json`: what it says, line by line."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self.first = self.line()
+
+    def line(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        told: dict[str, Any] = json.loads(self.process.stdout.readline())
+        return told
+
+    def get(self, path: str) -> bytes:
+        with urllib.request.urlopen(self.first["control"] + path, timeout=PATIENCE_S) as answer:
+            content: bytes = answer.read()
+        return content
+
+    def push(self, token: str = ONE, payload: bytes = b'{"aps":{"alert":"Hello"}}') -> tuple[int, Any]:
+        return push(self.first["port"], self.get("/ca.pem"), self.get("/provider-token").decode(), token, payload)
+
+    def stop(self, how: signal.Signals) -> int:
+        self.process.send_signal(how)
+        return self.process.wait(PATIENCE_S)
+
+
+@contextmanager
+def simulating(folder: Path, *options: str) -> Iterator[Simulating]:
+    with (folder / "errors").open("wb") as errors:
+        process = subprocess.Popen(
+            [*PROGRAM, *SIMULATE, "--json", *options],
+            cwd=folder,
+            env=environment(folder),
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+    try:
+        yield Simulating(process)
+    finally:
+        process.kill()
+        process.wait(PATIENCE_S)
+        assert process.stdout is not None
+        process.stdout.close()
+    assert (folder / "errors").read_text() == ""
+
+
+@pytest.fixture
+def curl() -> None:
+    if "HTTP2" not in subprocess.run([need("curl"), "--version"], capture_output=True, text=True, check=True).stdout:
+        pytest.skip("this curl speaks no HTTP/2")
+
+
+@pytest.mark.peer("curl")
+@pytest.mark.usefixtures("curl")
+def test_a_stranger_pastes_the_printed_lines_and_sees_the_push(tmp_path: Path) -> None:
+    with start(tmp_path, *SIMULATE, "--watch") as simulate:
+        said = simulate.wait_for("What devices show comes here:")
+        assert paste(pasted(said, 0), tmp_path).startswith("HTTP/2 200")
+        assert json.loads(paste(pasted(said, 1), tmp_path))["shown"][0]["payload"] == {"aps": {"alert": "Hello"}}
+        said = simulate.wait_for("alert         Hello\n")
+        assert re.search(r"^\d\d:\d\d:\d\d\.\d{3}  a1b2c3d4\.\.\.  alert         Hello$", said, re.MULTILINE)
+        assert "\x1b" not in said
+        assert simulate.stop(signal.SIGINT) == 130
+        assert "Traceback" not in simulate.said()
+
+
+@pytest.mark.peer("curl")
+@pytest.mark.usefixtures("curl")
+def test_a_strict_one_prints_how_to_register_first(tmp_path: Path) -> None:
+    with start(tmp_path, *SIMULATE, "--strict", "--environment", "development") as simulate:
+        said = simulate.wait_for("Ctrl-C ends it.")
+        assert "(development, registered devices only)" in said
+        assert 'environment = "development"' in said
+        assert paste(pasted(said, 1), tmp_path).startswith("HTTP/2 400")
+        assert json.loads(paste(pasted(said, 0), tmp_path))["state"] == "installed"
+        assert paste(pasted(said, 1), tmp_path).startswith("HTTP/2 200")
+
+
+def test_programs_read_json_lines_where_it_listens_first_then_what_is_shown(tmp_path: Path) -> None:
+    with simulating(tmp_path) as simulate:
+        assert simulate.first["url"] == f"https://127.0.0.1:{simulate.first['port']}"
+        assert simulate.first["strict"] is False
+        assert simulate.push() == (200, None)
+        line = simulate.line()
+        assert (line["number"], line["token"], line["payload"]) == (1, ONE, {"aps": {"alert": "Hello"}})
+        assert simulate.stop(signal.SIGTERM) == 0
+
+
+def test_the_control_port_is_the_next_free_one_or_the_one_that_was_named(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = run(tmp_path, *SIMULATE, "--control-port", str(port))
+        assert done.returncode == 2
+        assert f"The control API cannot listen on 127.0.0.1:{port}" in done.stderr
+        assert "name another port" in done.stderr
+    with simulating(tmp_path, "--control-port", str(port)) as simulate:
+        assert simulate.first["control"] == f"http://127.0.0.1:{port}"
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            free = other.getsockname()[1]
+        with start(tmp_path, "simulate", "--port", str(free)) as second:
+            found = re.search(r"control +http://127.0.0.1:(\d+)", second.wait_for("control"))
+            assert found is not None
+            assert free < int(found[1]) <= free + 20
+            assert int(found[1]) != port
+
+
+def test_a_fault_script_is_in_force_from_the_start(tmp_path: Path) -> None:
+    (tmp_path / "faults.toml").write_text(
+        '[[rules]]\naction = {kind = "answer", status = 503, reason = "Shutdown"}\ntimes = 1\n'
+    )
+    with simulating(tmp_path, "--faults", "faults.toml") as simulate:
+        assert simulate.push() == (503, "Shutdown")
+        assert simulate.push() == (200, None)
+
+
+def test_a_fault_script_with_a_mistake_is_told_before_anything_listens(tmp_path: Path) -> None:
+    (tmp_path / "faults.json").write_text('[{"action": {"kind": "clsoe"}}]')
+    done = run(tmp_path, *SIMULATE, "--faults", "faults.json")
+    assert done.returncode == 2
+    assert done.stderr.endswith("faults.json: Rule 1: action.kind: there is no action 'clsoe': did you mean close?\n")
+    assert not (tmp_path / "apple").exists()
+
+
+def test_client_certificates_of_a_named_authority_are_taken(tmp_path: Path) -> None:
+    (tmp_path / "ca.pem").write_bytes(authority().pem)
+    (tmp_path / "client.pem").write_bytes(push_certificate(TOPIC, uid=TOPIC).pem)
+    with simulating(tmp_path, "--client-ca", "ca.pem") as simulate:
+        ca = simulate.get("/ca.pem")
+        assert push(simulate.first["port"], ca, tmp_path / "client.pem", ONE) == (200, None)
+        assert push(simulate.first["port"], ca, tmp_path / "client.pem", ONE, apns_topic="x.y")[1] == "TopicDisallowed"
+        assert simulate.push() == (200, None)
+    done = run(tmp_path, *SIMULATE, "--client-ca", "absent.pem")
+    assert done.returncode == 2
+    assert "authorities of clients in absent.pem cannot be read" in done.stderr
+
+
+def test_it_ends_when_its_reader_had_enough(tmp_path: Path) -> None:
+    with simulating(tmp_path) as simulate:
+        assert simulate.process.stdout is not None
+        simulate.process.stdout.close()
+        simulate.push()
+        assert simulate.process.wait(PATIENCE_S) == 1
+
+
+@contextmanager
+def on_a_terminal(folder: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """The program, and what to read its terminal from."""
+    ours, theirs = os.openpty()
+    settings = environment(folder, TERM="xterm", NO_COLOR="")
+    process = subprocess.Popen(
+        [*PROGRAM, *arguments], cwd=folder, env=settings, stdin=theirs, stdout=theirs, stderr=theirs
+    )
+    os.close(theirs)
+    try:
+        yield process, ours
+    finally:
+        process.kill()
+        process.wait(PATIENCE_S)
+        os.close(ours)
+
+
+def test_a_terminal_gets_colours(tmp_path: Path) -> None:
+    with on_a_terminal(tmp_path, *SIMULATE, "--watch") as (process, terminal):
+        said = ""
+
+        def wait_for(words: str) -> None:
+            nonlocal said
+            while words not in said:
+                said += os.read(terminal, 65_536).decode()
+
+        wait_for("What devices show comes here:")
+        found, control = re.search(r"https://127.0.0.1:(\d+)", said), re.search(r"http://127.0.0.1:\d+", said)
+        assert found is not None
+        assert control is not None
+        with urllib.request.urlopen(f"{control[0]}/provider-token", timeout=PATIENCE_S) as answer:
+            token = answer.read().decode()
+        push(int(found[1]), (tmp_path / "apple" / "ca.pem").read_bytes(), token, ONE)
+        wait_for("Hello\r\n")
+        assert "\x1b[32malert" in said
+        process.send_signal(signal.SIGINT)
+        assert process.wait(PATIENCE_S) == 130
+
+
+# -- the lines -------------------------------------------------------------------------------------------------------
+
+
+def shown(payload: bytes, collapse_id: str | None = None, token: str = ALIVE, kind: PushType = PushType.ALERT) -> Shown:
+    return Shown(Received("id", DeviceToken(token), "com.example.shop", kind, payload, collapse_id), 1_700_000_000.25)
+
+
+@pytest.mark.parametrize(
+    "payload, text",
+    [
+        (b'{"aps":{"alert":"Hello"}}', "Hello"),
+        (b'{"aps":{"alert":{"title":"Score","subtitle":"final","body":"2:0"}}}', "Score (final): 2:0"),
+        (b'{"aps":{"alert":{"subtitle":"final"}}}', "final"),
+        (b'{"aps":{"alert":{"title-loc-key":"T","loc-key":"B","loc-args":["Anna"]}}}', '<T>: <B ["Anna"]>'),
+        (b'{"aps":{"alert":"a","badge":3,"sound":"default"},"order":7}', 'a  [badge 3, sound default]  {"order":7}'),
+        (b'{"aps":{"content-available":1}}', "[content available]"),
+        (b'{"aps":{"alert":"a","mutable-content":1}}', "a  [mutable]"),
+        (b'{"aps":{"event":"update","content-state":{"home":1}}}', 'update {"home":1}'),
+        (b'{"aps":{}}', "nothing to show"),
+        (b'{"mdm":"X"}', 'no aps: {"mdm":"X"}'),
+        (b"[1]", "[1]"),
+        (b"\xff\xfe", "2 octets that are not JSON"),
+        (b'{"aps":{"alert":"\\u001b[31m\\n\\u202e"}}', "\\x1b[31m\\n\\u202e"),
+        ('{"aps":{"alert":"👩\u200d🚀 Grüße"}}'.encode(), "👩\u200d🚀 Grüße"),
+        (b'{"aps":{"alert":"%b"}}' % (b"x" * 500), "x" * 157 + "..."),
+        (b'{"aps":{"alert":{"title":5,"body":["x"]}}}', "nothing to show"),
+    ],
+)
+def test_a_line_has_what_people_want_to_know_and_nothing_that_steers_a_terminal(payload: bytes, text: str) -> None:
+    assert Watcher().line(shown(payload)).text == text
+
+
+def test_a_line_says_which_notification_replaces_another() -> None:
+    watcher = Watcher()
+    notes = [
+        watcher.line(shown(b"{}", collapse, token)).note for collapse, token in (("a", ALIVE), ("a", ONE), ("b", ONE))
+    ]
+    assert notes == ["the first with collapse id a"] * 2 + ["the first with collapse id b"]
+    assert watcher.line(shown(b"{}", "a")).note == "replaces the last with collapse id a"
+    for number in range(KEEP):
+        watcher.line(shown(b"{}", f"{number}"))
+    assert watcher.line(shown(b"{}", "a")).note == "the first with collapse id a"
+
+
+def test_a_line_shortens_the_device_token() -> None:
+    line = Watcher().line(shown(b'{"aps":{"alert":"Hello"}}', "x", kind=PushType.VOIP))
+    assert str(line)[8:] == ".250  a1b2c3d4...  voip          Hello  (the first with collapse id x)"
