@@ -23,6 +23,7 @@ ROOMS: dict[str, set[str]] = {
     "reasons": set(),
     "crash": set(),
     "errors": {"reasons"},
+    "complaints": set(),
     "model": FACTS,
     "payload": {"model", *FACTS},
     "policy": {"model", *FACTS},
@@ -43,20 +44,21 @@ ROOMS: dict[str, set[str]] = {
     "telemetry": {"model", *COMMON},  # counts outcomes by their reason
     "ports": {"model", *COMMON},
     "net": {"protocols", "model", *COMMON},  # model: a client certificate goes into a TLS context
+    "keys": {"ports", "model", *COMMON},
     "relay": {"admission", "batches", "policy", "ports", "model", *COMMON},
     # the edges, which do not know one another
-    "doors": {*BELOW, *COMMON},
+    "doors": {"complaints", "keys", *BELOW, *COMMON},
     "dashboard": {*BELOW, *COMMON},
     "carriers": {"net", "protocols", "ports", "model", *COMMON},  # ports: a carrier calls the port's Report
     "stores": {"ports", "batches", "model", *COMMON},
-    "simulator": {"net", "protocols", "model", *COMMON},
+    "simulator": {"complaints", "net", "protocols", "model", *COMMON},  # its control API is typed JSON as well
     "client": {"payload", "model", *COMMON},
     "django": {"client", *COMMON},
 }
 ROOMS["__main__"] = {"cli"}
 ROOMS["service"] = ROOMS["cli"] = ROOMS["commands"] = {*ROOMS, "service", "commands"}
 
-PURE = {"reasons", "errors", "model", "payload", "policy", "protocols", "batches", "admission"}
+PURE = {"reasons", "errors", "complaints", "model", "payload", "policy", "protocols", "batches", "admission"}
 
 IMPURE = {
     *("asyncio", "concurrent", "multiprocessing", "queue", "sched", "selectors", "signal", "subprocess", "threading"),

@@ -31,6 +31,7 @@ from heliograph.model import (
     Lane,
     Lease,
     LeaseEnd,
+    Once,
     Outcomes,
     Quarantine,
     Receipt,
@@ -64,7 +65,13 @@ class Memory:
         self._filled = asyncio.Event()
         self._empty = asyncio.Event()
 
-    async def put(self, batches: Sequence[Batch], *, lease: bool = False) -> Sequence[Lease]:  # noqa: ARG002
+    async def put(
+        self,
+        batches: Sequence[Batch],
+        *,
+        lease: bool = False,  # noqa: ARG002
+        once: Once | None = None,  # noqa: ARG002
+    ) -> Sequence[Lease]:
         self._waiting.extend(batches)
         self._unfinished += len(batches)
         self._empty.clear()

@@ -6,7 +6,9 @@ Apple would take.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import compress
+from typing import TypeVar
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -17,14 +19,17 @@ from heliograph.errors import Refused
 from heliograph.model import App, Environment, Headers, PushType
 from heliograph.protocols import apns
 
+T = TypeVar("T")
+
 
 class Checked(Struct, frozen=True):
-    """Columns as they will be sent, and what is wrong with them; only good for sending if nothing is."""
+    """Columns as they will be sent, and what is wrong with them; only good for sending but for what is refused."""
 
-    headers: list[Headers]
+    headers: Sequence[Headers]
     """The topic is filled in; alerts without a collapse id get their own id as one."""
-    tokens: list[bytes]
+    tokens: Sequence[bytes]
     """Lower-case hex."""
+    payloads: Sequence[bytes]
     refused: list[Refused]
 
 
@@ -41,7 +46,20 @@ def check(
     checked_headers = _check_headers(app, environment, now, headers, refused)
     checked_tokens = _check_tokens(tokens, refused)
     _check_payloads(payloads, headers, refused)
-    return Checked(checked_headers, checked_tokens, refused)
+    return Checked(checked_headers, checked_tokens, payloads, refused)
+
+
+def leave_out(checked: Checked) -> Checked:
+    """What is left without the entries that are refused; nothing, where something is wrong with all of them."""
+    wrong = {each.index for each in checked.refused}
+    if None in wrong:
+        return Checked((), (), (), [])
+    good = [index not in wrong for index in range(len(checked.tokens))]
+    return Checked(_those(checked.headers, good), _those(checked.tokens, good), _those(checked.payloads, good), [])
+
+
+def _those(column: Sequence[T], good: Sequence[bool]) -> Sequence[T]:
+    return list(compress(column, good)) if len(column) == len(good) else column
 
 
 def choose_environment(app: App, environment: Environment | None) -> Environment:
@@ -131,17 +149,25 @@ def _check_tokens(tokens: Sequence[str], refused: list[Refused]) -> list[bytes]:
 
 
 def _check_payloads(payloads: Sequence[bytes], headers: Sequence[Headers], refused: list[Refused]) -> None:
-    shared = len(payloads) == 1
-    push_types: Iterable[PushType] = [each.push_type for each in headers]
-    if len(headers) == 1:
-        push_types = [headers[0].push_type] * len(payloads)
-    elif shared:
-        # one payload under many headers: each push type has its own limits
-        push_types = set(push_types)
-        payloads = [payloads[0]] * len(push_types)
     check_payload = rules.check
-    for index, (payload, push_type) in enumerate(zip(payloads, push_types, strict=True)):
+    if len(payloads) > 1:
+        push_types = [each.push_type for each in headers] * (len(payloads) if len(headers) == 1 else 1)
+        for index, (payload, push_type) in enumerate(zip(payloads, push_types, strict=True)):
+            try:
+                check_payload(payload, push_type)
+            except Refused as error:
+                refused.append(_at(error, index))
+        return
+    # One payload, under many headers perhaps: each push type has its own limits.
+    wrong: dict[PushType, Refused] = {}
+    push_types = [each.push_type for each in headers]
+    kinds = dict.fromkeys(push_types)
+    for push_type in kinds:
         try:
-            check_payload(payload, push_type)
+            check_payload(payloads[0], push_type)
         except Refused as error:
-            refused.append(_at(error, None if shared else index))
+            wrong[push_type] = error
+    if len(wrong) == len(kinds):
+        refused += wrong.values()
+    elif wrong:
+        refused += [_at(wrong[each], index) for index, each in enumerate(push_types) if each in wrong]

@@ -4,6 +4,7 @@
 HeliographError
 ├── Refused            a caller asked for what cannot succeed; carries the reason and what to change
 ├── Overloaded         we cannot take more now; carries when to try again
+├── Repeated           this request was taken before; its answer is kept
 ├── ConfigError        the configuration, a file or an argument is wrong; the text says what to change
 ├── StoreError         the store cannot be trusted or cannot be reached
 │   └── StoreBusy      another process holds the store; names its pid
@@ -41,6 +42,10 @@ class Overloaded(HeliographError):
     def __init__(self, detail: str, *, retry_after_s: float) -> None:
         super().__init__(detail)
         self.retry_after_s = retry_after_s
+
+
+class Repeated(HeliographError):
+    """What was to be taken once was taken before; nothing was taken now. See `ports.Store.find_once`."""
 
 
 class ConfigError(HeliographError):

@@ -141,6 +141,8 @@ class Detail(Struct, frozen=True, omit_defaults=True):
     """What happened, in a sentence, where Apple said nothing."""
     again_from: float | None = None
     """UNIX seconds when somebody had a buried one sent again: patience counts from there."""
+    cancelled: bool = False
+    """Somebody cancelled it while it was being sent: whatever becomes of that, it is not sent again."""
 
 
 class Outcomes(Struct, frozen=True):
@@ -174,6 +176,53 @@ class Receipt(Struct, frozen=True):
     next_attempt_at: float | None = None
     why: str | None = None
     """What happened, in a sentence, where Apple said nothing."""
+    cancelling: bool = False
+    """It is being sent, and not again: it is cancelled if Apple does not take it this time."""
+    environment: Environment | None = None
+    topic: str | None = None
+    """This and what follows is None too where it can be read no more."""
+    push_type: PushType | None = None
+    token: DeviceToken | None = None
+    collapse_id: str | None = None
+    """As Apple got it: the notification's own id where nobody gave one."""
+    expiration: int | None = None
+    """As in `Headers`."""
+
+
+class Filter(Struct, frozen=True):
+    """Which notifications are looked for; None is any."""
+
+    apps: frozenset[str] | None = None
+    environment: Environment | None = None
+    states: frozenset[State] | None = None
+    reason: str | None = None
+    token: bytes | None = None
+    """Lower-case hex."""
+    push_type: PushType | None = None
+    topic: str | None = None
+    since: float | None = None
+    """UNIX seconds of the taking: not before."""
+    until: float | None = None
+    """Before."""
+
+
+class Page(Struct, frozen=True):
+    """Part of what was looked for, newest first."""
+
+    receipts: Sequence[Receipt]
+    next: str | None
+    """The id of a notification before which to look on, also where nothing was found so far; None: that was all."""
+
+
+class Once(Struct, frozen=True):
+    """What keeps a repeated request from being taken twice; kept with what it put for as long as callers may repeat."""
+
+    key: bytes
+    """32 octets: which request this is, by its caller's word for it."""
+    request: bytes
+    """32 octets: a digest of what was asked, to tell a repetition from another request under the same word."""
+    answer: bytes
+    """What the door makes its answer from, whoever asks again."""
 
 
 class Removal(Struct, frozen=True):
@@ -298,6 +347,49 @@ Lane = tuple[str, Environment]
 """An app's name and an environment: what waits or fails in one does not hold up another."""
 
 
+class LaneView(Struct, frozen=True):
+    """How a lane gets to Apple with some of its credentials, at this moment. Times are UNIX seconds."""
+
+    app: str
+    environment: Environment
+    host: str
+    credentials: str
+    """How people know them: a key's id and team, a client certificate."""
+    connections: int
+    """Open ones. Lanes with the same credentials share them."""
+    in_flight: int
+    """Notifications of the lane that were sent and not answered yet."""
+    waiting: int
+    """Those that wait for a stream."""
+    answered_at: float | None
+    """When Apple last gave an answer that speaks neither against us nor of trouble of its own."""
+    trouble: str | None = None
+    """Why nothing gets through, in a sentence; None: nothing is known against it."""
+    advice: str = ""
+    """What to do about it."""
+    own: bool = False
+    """The trouble is with the credentials, and says nothing of other lanes."""
+    since: float | None = None
+    """When the trouble began."""
+    failed_at: float | None = None
+    """When it was last seen."""
+    rests_until: float | None = None
+    """Until then nothing is tried."""
+
+
+class Depth(Struct, frozen=True):
+    """What there is of a lane in the store that is not finished."""
+
+    app: str
+    environment: Environment
+    waiting: int
+    """Notifications in batches that nobody works on."""
+    leased: int
+    """Batches that somebody works on."""
+    oldest_due_s: float
+    """For how many seconds that batch has been due that nobody works on and that is due for longest; 0: none is."""
+
+
 class App(Struct, frozen=True):
     """What we hold credentials for."""
 
@@ -319,3 +411,34 @@ class App(Struct, frozen=True):
             if environment in access.environments and (access.topics is None or topic in access.topics):
                 return access.credentials
         return None
+
+
+class Scope(StrEnum):
+    """What the bearer of an API key may do."""
+
+    SEND = "send"
+    """Send notifications, see what became of one whose id is known, and cancel it."""
+    READ = "read"
+    """Look for notifications, and see what was given up on."""
+    MANAGE = "manage"
+    """Change apps, credentials and API keys, and have the buried sent again."""
+
+
+class ApiKey(Struct, frozen=True):
+    """What is kept of an API key: enough to know it again, not to make it."""
+
+    id: str
+    """The part of the key that everybody may see."""
+    name: str
+    """What people call it."""
+    digest: bytes
+    """SHA-256 of the whole key."""
+    scopes: tuple[Scope, ...]
+    apps: tuple[str, ...] | None
+    """The apps that it is for; None: all, whatever comes."""
+    created_at: float
+    """UNIX seconds, as the next."""
+    expires_at: float | None = None
+
+    def __repr__(self) -> str:
+        return f"<API key {self.id}>"

@@ -6,17 +6,23 @@ and their repeatability do the work of one (see `relay`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
 from heliograph.model import (
+    ApiKey,
     Batch,
+    Depth,
     Environment,
+    Filter,
     Lane,
+    LaneView,
     Lease,
     LeaseEnd,
+    Once,
     Outcome,
     Outcomes,
+    Page,
     Quarantine,
     Receipt,
     Removal,
@@ -33,11 +39,19 @@ class Carrier(Protocol):
         """Take these on and return at once. Every index is reported exactly once, in groups, as answers come."""
         ...
 
+    def withdraw(self, those: Mapping[str, Collection[int]]) -> None:
+        """Of these, by batch id, report those at once as not processed that are not on their way to Apple yet."""
+        ...
+
     async def ready(self, full: frozenset[Lane] | None = None) -> frozenset[Lane]:
         """The lanes that should be given nothing now, as enough of theirs waits.
 
         Waits while all of them together are too much, and while the answer is `full`.
         """
+        ...
+
+    def lanes(self) -> Sequence[LaneView]:
+        """What is known of each lane that was carried for lately; one for each of its credentials."""
         ...
 
     async def aclose(self) -> None:
@@ -58,11 +72,12 @@ class Queue(Protocol):
         """How many more notifications `put` would take."""
         ...
 
-    async def put(self, batches: Sequence[Batch], *, lease: bool = False) -> Sequence[Lease]:
+    async def put(self, batches: Sequence[Batch], *, lease: bool = False, once: Once | None = None) -> Sequence[Lease]:
         """Durable on return, all or nothing. A batch whose id is known already is left as it is.
 
-        `lease`: those that are new are leased to the caller at once, which saves the way through `take`.
-        Raises Overloaded, StoreError.
+        `lease`: those that are new are leased to the caller at once, which saves the way through `take`. `once` is kept
+        in the same transaction; where its key is known already, nothing is put.
+        Raises Overloaded, Repeated, StoreError.
         """
         ...
 
@@ -83,7 +98,7 @@ class Queue(Protocol):
 
 
 class Store(Protocol):
-    """What is known: outcomes, removals, the buried, apps."""
+    """What is known: outcomes, removals, the buried, apps, API keys."""
 
     async def record(
         self, outcomes: Sequence[Outcomes], removals: Sequence[Removal], quarantines: Sequence[Quarantine] = ()
@@ -106,8 +121,8 @@ class Store(Protocol):
         """
         ...
 
-    async def find_buried(self, app: str | None, before: str | None, limit: int) -> Sequence[Receipt]:
-        """What was given up on, newest first: of one app or of all, and before the one with the id `before`."""
+    async def find_buried(self, apps: Collection[str] | None, before: str | None, limit: int) -> Sequence[Receipt]:
+        """What was given up on, newest first: of these apps or of all, and before the one with the id `before`."""
         ...
 
     async def replay(self, ids: Sequence[str]) -> Sequence[str]:
@@ -117,11 +132,38 @@ class Store(Protocol):
         """
         ...
 
+    async def find_notifications(self, wanted: Filter, before: str | None, limit: int) -> Page:
+        """Up to `limit` of those that fit, newest first: those taken before the one with the id `before`.
+
+        A page may have fewer, even none, and still a `next`: what there is to look through at once is bounded.
+        Raises ValueError if `before` is no id.
+        """
+        ...
+
+    async def cancel(self, ids: Sequence[str]) -> Sequence[str]:
+        """Have these not sent any more; which of them that are. Durable on return.
+
+        Those that are sent or ended are left alone, and so are those in a batch that is leased at the moment.
+        """
+        ...
+
+    async def find_once(self, key: bytes) -> Once | None:
+        """What was put once under this key, within the time for which that is kept."""
+        ...
+
     async def purge(self, before: float) -> int:
         """Forget finished batches made before `before` (UNIX seconds), and what has lapsed since; how many batches.
 
         Works in small steps that let others through.
         """
+        ...
+
+    async def depths(self) -> Sequence[Depth]:
+        """What waits, by lane; of what comes and goes meanwhile, some. Works in small steps that let others through."""
+        ...
+
+    async def probe(self) -> None:
+        """Write a little, durably, and read. Raises StoreError where either fails."""
         ...
 
     async def save_app(self, name: str, record: bytes) -> None:
@@ -133,5 +175,17 @@ class Store(Protocol):
         ...
 
     async def delete_app(self, name: str) -> bool:
+        """Whether there was one."""
+        ...
+
+    async def save_key(self, key: ApiKey) -> None:
+        """Keep an API key."""
+        ...
+
+    async def find_keys(self) -> Sequence[ApiKey]:
+        """All API keys, oldest first."""
+        ...
+
+    async def delete_key(self, id: str) -> bool:
         """Whether there was one."""
         ...

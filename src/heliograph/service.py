@@ -17,23 +17,27 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
 
 import structlog
-import uvicorn
 from msgspec import Struct
-from starlette.types import ASGIApp
 
 from heliograph import crash
 from heliograph.apps import Directory, Instead
 from heliograph.carriers.apns import ApnsCarrier
 from heliograph.config import ApiSettings, Config, read_secret
 from heliograph.doors.api import Api
-from heliograph.doors.apps import AppsDoor
+from heliograph.doors.apps import AppsPart
+from heliograph.doors.keys import KeysPart
+from heliograph.doors.notifications import Notifications
+from heliograph.doors.operations import Operations
 from heliograph.doors.web import make_app
 from heliograph.errors import ConfigError, StoreError
+from heliograph.keys import PREFIX, Keyring
+from heliograph.model import DeviceToken
+from heliograph.net.asgi import Server
 from heliograph.relay import Relay
 from heliograph.stores.sqlite import SqliteStore
 from heliograph.stores.sqlite_file import locked
@@ -45,14 +49,11 @@ DATABASE = "heliograph.db"
 KEY_FILE = "api-key"
 """In the data folder: the API key that was made on the first start."""
 
-KEY_PREFIX = "hg_"
-"""How our API keys begin, so that people and scanners of leaked secrets know them."""
-
 _ANSWERING_S = 10
 """How long requests in hand may take when the server stops."""
 
 _LOOK_S = 5.0
-"""Between two looks at the credential files."""
+"""Between two looks at credential files and API keys."""
 _HOUR_S = 3600.0
 _FIRST_PURGE_S = 60.0
 """After a start there is more urgent work."""
@@ -78,6 +79,9 @@ class Running(Struct, frozen=True):
 
 
 _SWITCH_S = 0.0005
+"""After so long a thread that waits for the interpreter's lock gets it. A loop that is never idle keeps the lock for
+all this time whenever the store's thread asks for it, which it does with each call of SQLite: with CPython's 5 ms,
+single commits could take seconds."""
 
 LEASE_S = 150.0
 """Longer than a batch can be out: twice in the carrier's backlog (`PoolSettings.patience_s`), then on the wire
@@ -93,37 +97,80 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
     return uvloop.new_event_loop()
 
 
-def configure_logging(*, json: bool = False, quiet: bool = False) -> None:
+def configure_logging(*, json: bool = False, level: str = "info") -> None:
     """One line an event on stderr, key=value or JSON; what other libraries log as well. Call it once.
 
-    `quiet`: warnings and errors only.
+    `level`: debug, info, warning or error, and what is above. Of other libraries, warnings and errors. Device tokens
+    and all octets, as payloads are, are shown redacted, whoever logs them.
     """
+    least: int = getattr(logging, level.upper())
     stamp = structlog.processors.TimeStamper(fmt="iso", utc=True)
-    shared: list[structlog.typing.Processor] = [structlog.processors.add_log_level, stamp]
+    shared: list[structlog.typing.Processor] = [structlog.processors.add_log_level, stamp, _redact_event]
     # Plain tracebacks: the others show local variables, and so device tokens and payloads.
     final: list[structlog.typing.Processor] = (
         [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
         if json
         else [
             structlog.dev.ConsoleRenderer(
-                colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback, pad_event_to=0
+                colors=sys.stderr.isatty() and not os.environ.get("NO_COLOR"),
+                exception_formatter=structlog.dev.plain_traceback,
+                pad_event_to=0,
             )
         ]
     )
     structlog.configure(
         processors=[*shared, *final],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING if quiet else logging.INFO),
+        wrapper_class=structlog.make_filtering_bound_logger(least),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )
     handler = logging.StreamHandler()
+    handler.addFilter(_redact_record)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *final],
         )
     )
-    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    logging.basicConfig(handlers=[handler], level=max(least, logging.WARNING), force=True)
+
+
+def redacted(value: object) -> object:
+    """The value without what may be a device token or a payload, by type, however deep in containers."""
+    match value:
+        case DeviceToken():
+            return repr(value)
+        case bytes() | bytearray() | memoryview():
+            return f"<{len(value)} octets>"
+        case Mapping():
+            return {redacted(key): redacted(each) for key, each in value.items()}
+        case list() | tuple() | set() | frozenset() | deque():
+            return [redacted(each) for each in value]
+        case str() | int() | float() | None | BaseException():
+            return value
+        case Struct() if type(value).__repr__ is Struct.__repr__:  # it would show all the fields
+            return f"<{type(value).__name__}>"
+        case _:
+            return repr(value)
+
+
+_FOR_STRUCTLOG = ("exc_info", "_record", "_from_structlog")
+"""Entries of an event that are not shown as they are."""
+
+
+def _redact_event(
+    _: structlog.typing.WrappedLogger, __: str, event: structlog.typing.EventDict
+) -> structlog.typing.EventDict:
+    return {key: value if key in _FOR_STRUCTLOG else redacted(value) for key, value in event.items()}
+
+
+def _redact_record(record: logging.LogRecord) -> bool:
+    """Before its text is put together."""
+    if isinstance(record.args, Mapping):
+        record.args = {key: redacted(value) for key, value in record.args.items()}
+    elif record.args:
+        record.args = tuple(redacted(value) for value in record.args)
+    return True
 
 
 async def run(
@@ -138,11 +185,8 @@ async def run(
     `reread` gives the configuration again; where it is given, SIGHUP has the apps read anew. `instead`: where to send
     instead of to Apple. Raises ConfigError, StoreError, and an ExceptionGroup where something failed later on.
     """
-    # A loop that is never idle keeps the interpreter's lock for a whole switch interval whenever the store's thread
-    # asks for it, which it does with each call of SQLite. With CPython's 5 ms, single commits could take seconds.
     sys.setswitchinterval(_SWITCH_S)
     # What was imported stays: to walk over it again and again would stop everything for 10 ms each time.
-    gc.collect()
     gc.freeze()
     loop = asyncio.get_running_loop()
     stop, hangup = asyncio.Event(), asyncio.Event()
@@ -197,7 +241,7 @@ async def serving(
     instead: Instead | None = None,
     look_s: float = _LOOK_S,
 ) -> AsyncIterator[Running]:
-    """A server for as long as the block runs; see `run`. `look_s` is between two looks at the credential files.
+    """A server for as long as the block runs; see `run`. `look_s`: between two looks at credential files and API keys.
 
     Raises ConfigError, StoreError.
     """
@@ -217,15 +261,22 @@ async def serving(
         store = await SqliteStore.open(data / DATABASE, lease_s=LEASE_S, max_waiting=config.store.max_waiting)
         try:
             await directory.open(store)
-            carrier = ApnsCarrier(directory.find_route, clock=time.time)
+            telemetry.show_commits(store.commit_s)
+            carrier = ApnsCarrier(directory.find_route, telemetry=telemetry, clock=time.time)
             relay = Relay(store, store, carrier, apps, telemetry, clock=time.time)
-            door = Api(relay, apps, key, AppsDoor(directory).find)
-            server = _Server(make_app(door, telemetry.registry))
+            keyring = Keyring(key, store, clock=time.time)
+            await keyring.load()
+            notifications = Notifications(relay, apps)
+            keys = KeysPart(keyring, apps, clock=time.time)
+            door = Api((notifications, AppsPart(directory), keys), keyring)
+            operations = Operations(relay, store, carrier, apps, telemetry, clock=time.time)
+            server = Server(make_app(door, operations), answering_s=_ANSWERING_S)
             async with asyncio.TaskGroup() as group:
                 working = group.create_task(relay.work())
                 settling = group.create_task(relay.settle())
                 now_and_then = [
                     group.create_task(_every(look_s, directory.look)),
+                    group.create_task(_every(look_s, keyring.look)),
                     group.create_task(_every(_HOUR_S, directory.warn)),
                     group.create_task(_purge(store, config.store.receipts_days)),
                 ]
@@ -243,7 +294,8 @@ async def serving(
                     yield Running(url, key.decode(), relay, directory, stop or asyncio.Event())
                 finally:
                     _log.info("stopping")
-                    door.hurry()
+                    operations.stopping = True
+                    notifications.hurry()
                     server.should_exit = True
                     await asyncio.wait([web])
                     for task in (working, *now_and_then):
@@ -294,46 +346,20 @@ def load_api_key(config: Config) -> bytes:
         return _checked_key(read_secret(f"file:{path}", "api-key"), f"The API key in {path}")
     except OSError as error:
         raise ConfigError(f"data: {path.parent} cannot be written ({error.strerror}): name another folder") from None
-    key = (KEY_PREFIX + secrets.token_urlsafe(32)).encode()
+    key = (PREFIX + secrets.token_urlsafe(32)).encode()
     with os.fdopen(file, "wb") as opened:
         opened.write(key + b"\n")
     return key
 
 
-class _Server(uvicorn.Server):
-    """uvicorn as a task among ours: it leaves signals alone, and tells when it takes requests."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        super().__init__(
-            uvicorn.Config(
-                cast("Any", app),  # starlette and uvicorn type ASGI in different words
-                loop="none",
-                http="httptools",
-                ws="none",
-                lifespan="off",
-                access_log=False,
-                log_config=None,
-                log_level="warning",
-                server_header=False,
-                proxy_headers=False,
-                timeout_graceful_shutdown=_ANSWERING_S,
-            )
-        )
-        self.ready = asyncio.Event()
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self.ready.set()
-
-
 def _listen(settings: ApiSettings) -> socket.socket:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
-        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+        listening = socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+        # Connections have it from here. uvloop sets it by itself, and asyncio not on this kind of socket: each answer
+        # would wait 40 ms for the caller's acknowledgement of its head.
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return listening
     except OSError as error:
         where = f"{settings.host}:{settings.port}"
         if error.errno == errno.EADDRINUSE:

@@ -7,20 +7,29 @@ as `QueueContract` says, over one file or database.
 from __future__ import annotations
 
 import asyncio
+import random
 import struct
 import uuid
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
+from heliograph.errors import Overloaded, Repeated
 from heliograph.model import (
     ApiKey,
     Batch,
     Detail,
     DeviceToken,
     Environment,
+    Filter,
+    Headers,
     LeaseEnd,
+    Once,
     Outcomes,
+    Page,
+    PushType,
     Quarantine,
     Receipt,
     Removal,
@@ -28,7 +37,7 @@ from heliograph.model import (
     State,
 )
 from heliograph.ports import Queue, Store
-from tests.contracts.queue import LEASE_S, START, Clock, a_batch
+from tests.contracts.queue import LEASE_S, MAX_WAITING, START, Clock, a_batch
 
 PRODUCTION, DEVELOPMENT = Environment.PRODUCTION, Environment.DEVELOPMENT
 
@@ -51,7 +60,7 @@ def given_up(*indices: int) -> list[Detail]:
     return [Detail(index, "ServiceUnavailable", 503, attempts=9, why="it kept saying so") for index in indices]
 
 
-BURIED, ACCEPTED, QUEUED = State.BURIED, State.ACCEPTED, State.QUEUED
+BURIED, ACCEPTED, QUEUED, CANCELLED = State.BURIED, State.ACCEPTED, State.QUEUED, State.CANCELLED
 DAY_S = 86400.0
 
 
@@ -64,9 +73,65 @@ async def finished(queue: Queue, store: Store, batch: Batch, states: list[State]
     await queue.finish([LeaseEnd(batch.id, leases[0].attempt)])
 
 
+def told(batch: Batch, index: int, state: State, updated_at: float | None = None, **more: Any) -> Receipt:
+    """The receipt of one place, where `more` says nothing else."""
+    headers = batch.headers[0 if batch.headers_of is None else batch.headers_of[index]]
+    return Receipt(
+        f"{batch.id}{index + 1:04x}",
+        batch.app,
+        state,
+        batch.created_at,
+        updated_at,
+        environment=batch.environment,
+        topic=headers.topic,
+        push_type=headers.push_type,
+        token=DeviceToken(batch.tokens[index].decode()),
+        collapse_id=headers.collapse_id,
+        expiration=headers.expiration,
+        **more,
+    )
+
+
+async def listed(store: Store, wanted: Filter, limit: int = 100) -> list[Receipt]:
+    """All that fit, page by page."""
+    found: list[Receipt] = []
+    before = None
+    while True:
+        page = await store.find_notifications(wanted, before, limit)
+        assert len(page.receipts) <= limit
+        found += page.receipts
+        if page.next is None:
+            return found
+        assert page.next == before or before is None or page.next < before
+        before = page.next
+
+
+def places(receipts: Sequence[Receipt]) -> list[str]:
+    return [receipt.id for receipt in receipts]
+
+
 async def states_of(store: Store, batch: Batch) -> list[State | None]:
     found = await store.find_receipts([f"{batch.id}{place:04x}" for place in range(1, len(batch) + 1)])
     return [None if receipt is None else receipt.state for receipt in found]
+
+
+def once(word: int, answer: bytes = b"taken", *, request: int = 0) -> Once:
+    return Once(bytes([word]) * 32, bytes([request]) * 32, answer)
+
+
+def fits(wanted: Filter, batch: Batch, index: int, state: State, detail: Detail | None) -> bool:
+    headers = batch.headers[0 if batch.headers_of is None else batch.headers_of[index]]
+    return (
+        (wanted.apps is None or batch.app in wanted.apps)
+        and wanted.environment in (None, batch.environment)
+        and (wanted.states is None or state in wanted.states)
+        and (wanted.reason is None or (detail is not None and detail.reason == wanted.reason))
+        and wanted.token in (None, batch.tokens[index])
+        and wanted.push_type in (None, headers.push_type)
+        and wanted.topic in (None, headers.topic)
+        and (wanted.since is None or batch.created_at >= wanted.since)
+        and (wanted.until is None or batch.created_at < wanted.until)
+    )
 
 
 class StoreContract:
@@ -87,9 +152,7 @@ class StoreContract:
     async def test_receipt_of_what_is_queued_says_when_it_came_in(self, queue: Queue, store: Store) -> None:
         batch = a_batch(2)
         await queue.put([batch])
-        assert list(await store.find_receipts([batch.id + "0002"])) == [
-            Receipt(batch.id + "0002", "shop", State.QUEUED, START)
-        ]
+        assert list(await store.find_receipts([batch.id + "0002"])) == [told(batch, 1, State.QUEUED)]
 
     async def test_receipt_tells_state_time_and_detail(self, queue: Queue, store: Store) -> None:
         batch = a_batch(4, app="späti")
@@ -101,23 +164,21 @@ class StoreContract:
         await store.record([outcomes(batch, states, dead, waits)], [])
         found = await store.find_receipts([batch.id + place for place in ("0001", "0002", "0003", "0004")])
         assert list(found) == [
-            Receipt(batch.id + "0001", "späti", State.ACCEPTED, START, START + 0.25, attempts=1),
-            Receipt(
-                batch.id + "0002",
-                "späti",
+            told(batch, 0, State.ACCEPTED, START + 0.25, attempts=1),
+            told(
+                batch,
+                1,
                 State.REJECTED,
-                START,
                 START + 0.5,
                 reason="Unregistered",
                 status=410,
                 since=1_600_000_000_123,
                 attempts=2,
             ),
-            Receipt(
-                batch.id + "0003",
-                "späti",
+            told(
+                batch,
+                2,
                 State.QUEUED,
-                START,
                 START + 0.75,
                 reason="TooManyRequests",
                 status=429,
@@ -126,8 +187,29 @@ class StoreContract:
                 next_attempt_at=START + 30,
                 why="busy",
             ),
-            Receipt(batch.id + "0004", "späti", State.QUEUED, START),
+            told(batch, 3, State.QUEUED),
         ]
+
+    async def test_receipt_tells_what_was_to_be_sent_and_to_whom(self, queue: Queue, store: Store) -> None:
+        kinds = (
+            Headers("com.example.a", PushType.VOIP, expiration=7),
+            Headers("com.example.b", collapse_id="täa"),
+            Headers("com.example.c", collapse_on_id=True),
+        )
+        tokens = [b"ab", b"cdef0123" * 8, b"00" * 100, b"abcd"]
+        batch = replace(
+            a_batch(4, environment=DEVELOPMENT), headers=kinds, headers_of=bytes((2, 0, 1, 1)), tokens=tokens
+        )
+        large = replace(a_batch(1000), payloads=[b"x" * 500] * 1000, headers=kinds, headers_of=bytes((0, 1)) * 500)
+        await queue.put([batch, large])
+        found = await store.find_receipts([f"{batch.id}{place:04x}" for place in range(1, 5)])
+        own = batch.id + "0001"
+        assert list(found) == [
+            replace(told(batch, 0, State.QUEUED), collapse_id=own),
+            *(told(batch, index, State.QUEUED) for index in (1, 2, 3)),
+        ]
+        for index in (0, 1, 499, 999):
+            assert list(await store.find_receipts([f"{large.id}{index + 1:04x}"])) == [told(large, index, State.QUEUED)]
 
     async def test_receipts_come_in_the_order_that_was_asked_for(self, queue: Queue, store: Store) -> None:
         batches = [a_batch(1000) for _ in range(3)]
@@ -155,7 +237,7 @@ class StoreContract:
         await store.record([last, last], [])
         await store.record([last], [])
         (receipt,) = await store.find_receipts([batch.id + "0001"])
-        assert receipt == Receipt(batch.id + "0001", "shop", State.ACCEPTED, START, START + 2, attempts=1)
+        assert receipt == told(batch, 0, State.ACCEPTED, START + 2, attempts=1)
 
     async def test_what_an_older_lease_says_is_not_recorded(self, queue: Queue, store: Store, clock: Clock) -> None:
         batch = a_batch()
@@ -319,14 +401,29 @@ class StoreContract:
             assert [receipt.id for receipt in await store.find_buried(None, before, 100)] == whole[1:]
         assert list(await store.find_buried(None, None, 0)) == []
 
+    async def test_buried_of_several_apps_are_found_in_one_order(self, queue: Queue, store: Store) -> None:
+        batches = [a_batch(2, app=f"app{number % 3}", created_at=START + number) for number in range(9)]
+        for batch in batches:
+            await finished(queue, store, batch, [BURIED, BURIED])
+        expected = [
+            batch.id + place for batch in reversed(batches) if batch.app != "app1" for place in ("0002", "0001")
+        ]
+        apps = ["app2", "nobody", "app0"]
+        assert places(await store.find_buried(apps, None, 100)) == expected
+        pages: list[str] = []
+        while page := await store.find_buried(apps, pages[-1] if pages else None, 5):
+            pages += places(page)
+        assert pages == expected
+        assert list(await store.find_buried([], None, 100)) == []
+
     async def test_buried_are_found_by_app(self, queue: Queue, store: Store) -> None:
         mine, other = a_batch(2, created_at=START), a_batch(2, app="späti", created_at=START + 1)
         await finished(queue, store, mine, [BURIED, BURIED])
         await finished(queue, store, other, [BURIED, ACCEPTED])
-        assert [receipt.id[:-4] for receipt in await store.find_buried("shop", None, 9)] == [mine.id] * 2
-        assert [receipt.app for receipt in await store.find_buried("späti", None, 9)] == ["späti"]
-        assert list(await store.find_buried("späti", other.id + "0001", 9)) == []
-        assert list(await store.find_buried("nobody", None, 9)) == []
+        assert [receipt.id[:-4] for receipt in await store.find_buried(["shop"], None, 9)] == [mine.id] * 2
+        assert [receipt.app for receipt in await store.find_buried(["späti"], None, 9)] == ["späti"]
+        assert list(await store.find_buried(["späti"], other.id + "0001", 9)) == []
+        assert list(await store.find_buried(["nobody"], None, 9)) == []
         assert len(await store.find_buried(None, other.id + "0001", 9)) == 2
 
     async def test_buried_are_looked_for_before_an_id_only(self, store: Store) -> None:
@@ -349,10 +446,8 @@ class StoreContract:
         assert queue.waiting == 3
         assert await states_of(store, batch) == [BURIED, ACCEPTED, QUEUED]
         (receipt,) = await store.find_receipts([batch.id + "0003"])
-        assert receipt == Receipt(
-            batch.id + "0003", "shop", QUEUED, START, START + 50, attempts=0, next_attempt_at=START + 50
-        )
-        assert [each.id for each in await store.find_buried("shop", None, 9)] == [batch.id + "0001"]
+        assert receipt == told(batch, 2, QUEUED, START + 50, next_attempt_at=START + 50)
+        assert [each.id for each in await store.find_buried(["shop"], None, 9)] == [batch.id + "0001"]
         (lease,) = await queue.take(10)
         assert (lease.batch, lease.attempt) == (batch, 3)
         assert lease.outcomes is not None
@@ -434,6 +529,276 @@ class StoreContract:
             await queue.finish([LeaseEnd(batch.id, 9)])  # answered after the take has found nothing
             tasks.create_task(store.replay([batch.id + "0001"]))
         assert [lease.batch for lease in taking.result()] == [batch]
+
+    # What is put once
+
+    async def test_what_is_put_once_is_found_with_its_answer_and_not_put_again(
+        self, queue: Queue, store: Store
+    ) -> None:
+        first, again, other = a_batch(), a_batch(2), a_batch()
+        assert await store.find_once(once(1).key) is None
+        await queue.put([first], once=once(1, b"\0first"))
+        with pytest.raises(Repeated):
+            await queue.put([again], once=once(1, b"again", request=2))
+        with pytest.raises(Repeated):
+            await queue.put([again], lease=True, once=once(1))
+        await queue.put([other], once=once(2, b""))
+        assert await store.find_once(once(1).key) == once(1, b"\0first")
+        assert await store.find_once(once(2).key) == once(2, b"")
+        assert queue.waiting == 2
+        assert await states_of(store, again) == [None, None]
+        assert {lease.batch.id for lease in await queue.take(10)} == {first.id, other.id}
+
+    async def test_of_many_at_once_under_one_key_exactly_one_is_put(self, queue: Queue, store: Store) -> None:
+        batches = [a_batch() for _ in range(40)]
+        answers = await asyncio.gather(
+            *(
+                queue.put([batch], lease=place % 2 == 0, once=once(place % 2, batch.id.encode()))
+                for place, batch in enumerate(batches)
+            ),
+            return_exceptions=True,
+        )
+        assert sum(isinstance(answer, Repeated) for answer in answers) == 38
+        taken = [batch.id for batch, answer in zip(batches, answers, strict=True) if not isinstance(answer, Repeated)]
+        kept = [await store.find_once(once(word).key) for word in (0, 1)]
+        assert sorted(each.answer.decode() for each in kept if each) == sorted(taken)
+        assert queue.waiting == 2
+
+    async def test_what_is_refused_for_want_of_room_keeps_nothing(self, queue: Queue, store: Store) -> None:
+        fill = [a_batch(1000) for _ in range(MAX_WAITING // 1000)]
+        await queue.put(fill)
+        answers = await asyncio.gather(
+            queue.put([a_batch()], once=once(1)), queue.put([a_batch()], once=once(1)), return_exceptions=True
+        )
+        assert [type(answer) for answer in answers] == [Overloaded, Overloaded]
+        assert await store.find_once(once(1).key) is None
+        (lease, *_) = await queue.take(10)
+        await queue.finish([LeaseEnd(lease.batch.id, lease.attempt)])
+        await queue.put([a_batch()], once=once(1))
+        assert await store.find_once(once(1).key) == once(1)
+
+    async def test_what_was_put_once_is_kept_for_a_day(self, queue: Queue, store: Store, clock: Clock) -> None:
+        await queue.put([a_batch()], once=once(1))
+        clock.advance(DAY_S - 1)
+        await store.purge(0)
+        assert await store.find_once(once(1).key) == once(1)
+        with pytest.raises(Repeated):
+            await queue.put([a_batch()], once=once(1))
+        clock.advance(1)
+        assert await store.find_once(once(1).key) is None
+        await queue.put([a_batch()], once=once(1, b"anew", request=1))
+        assert await store.find_once(once(1).key) == once(1, b"anew", request=1)
+
+    async def test_what_was_put_once_is_forgotten_and_what_is_young_stays(
+        self, queue: Queue, store: Store, clock: Clock
+    ) -> None:
+        for word in range(100):
+            await queue.put([a_batch()], once=once(word))
+        clock.advance(DAY_S / 2)
+        await queue.put([a_batch()], once=once(100))
+        clock.advance(DAY_S / 2)
+        await store.purge(0)
+        found = [await store.find_once(once(word).key) for word in (0, 50, 99, 100)]
+        assert found == [None, None, None, once(100)]
+
+    # Cancelled
+
+    async def test_what_waits_is_cancelled_and_the_rest_of_its_batch_is_not(
+        self, queue: Queue, store: Store, clock: Clock
+    ) -> None:
+        batch, other = a_batch(3), a_batch()
+        await queue.put([batch])
+        clock.advance(7)
+        wanted = [batch.id + place for place in ("0003", "0001", "0009", "0000")] + [other.id + "0001", "x", ""]
+        assert sorted(await store.cancel(wanted)) == [batch.id + "0001", batch.id + "0003"]
+        assert await states_of(store, batch) == [CANCELLED, QUEUED, CANCELLED]
+        assert list(await store.find_receipts([batch.id + "0003"])) == [told(batch, 2, CANCELLED, START + 7)]
+        assert queue.waiting == 3
+        (lease,) = await queue.take(10)
+        assert lease.outcomes is not None
+        assert lease.outcomes.states == bytes([CANCELLED, QUEUED, CANCELLED])
+        assert list(await store.cancel([])) == []
+
+    async def test_batch_that_is_cancelled_whole_is_finished(self, queue: Queue, store: Store, clock: Clock) -> None:
+        batches = [a_batch(2), a_batch(40)]
+        await queue.put(batches)
+        assert len(await store.cancel([f"{batches[1].id}{place:04x}" for place in range(1, 41)])) == 40
+        assert queue.waiting == 2
+        assert list(await store.cancel([batches[0].id + "0001"])) == [batches[0].id + "0001"]
+        assert queue.waiting == 2
+        assert list(await store.cancel([batches[0].id + "0002"])) == [batches[0].id + "0002"]
+        assert queue.waiting == 0
+        kept = a_batch()
+        await queue.put([kept])
+        assert [lease.batch for lease in await queue.take(10)] == [kept]
+        assert await store.purge(clock() + 1) == 2
+
+    async def test_cancelled_twice_counts_once(self, queue: Queue, store: Store) -> None:
+        batch = a_batch(2)
+        await queue.put([batch])
+        wanted = [batch.id + "0001"]
+        assert list(await store.cancel(wanted + wanted)) == wanted
+        assert list(await store.cancel(wanted)) == []
+        assert await states_of(store, batch) == [CANCELLED, QUEUED]
+
+    async def test_what_is_put_off_is_cancelled_and_what_went_wrong_is_still_told(
+        self, queue: Queue, store: Store, clock: Clock
+    ) -> None:
+        batch = a_batch(2)
+        await queue.put([batch])
+        await queue.take(1)
+        waits = [Detail(index, "ServiceUnavailable", 503, attempts=3, due_at=START + 900) for index in range(2)]
+        await store.record([outcomes(batch, [QUEUED, QUEUED], *waits)], [])
+        await queue.finish([LeaseEnd(batch.id, 1, clock() + 900)])
+        assert len(await store.cancel([batch.id + "0001"])) == 1
+        (receipt,) = await store.find_receipts([batch.id + "0001"])
+        assert receipt == told(batch, 0, CANCELLED, START, reason="ServiceUnavailable", status=503, attempts=2)
+        clock.advance(900)
+        (lease,) = await queue.take(10)
+        assert lease.outcomes is not None
+        assert lease.outcomes.states == bytes([CANCELLED, QUEUED])
+        assert waits[1] in lease.outcomes.details
+
+    async def test_what_is_sent_or_ended_is_not_cancelled(self, queue: Queue, store: Store, clock: Clock) -> None:
+        states = [ACCEPTED, BURIED, State.REJECTED, State.UNKNOWN, State.EXPIRED, State.SENT, QUEUED, QUEUED]
+        batch = a_batch(len(states))
+        await queue.put([batch])
+        await queue.take(1)
+        on_its_way = Detail(7, cancelled=True)
+        await store.record([outcomes(batch, states, *given_up(1), on_its_way)], [])
+        await queue.finish([LeaseEnd(batch.id, 1, clock())])
+        wanted = [f"{batch.id}{place:04x}" for place in range(1, len(states) + 1)]
+        assert list(await store.cancel(wanted)) == [wanted[6]]
+        assert await states_of(store, batch) == [*states[:6], CANCELLED, QUEUED]
+        (receipt,) = await store.find_receipts([wanted[7]])
+        assert receipt is not None
+        assert receipt.cancelling
+        assert queue.waiting == len(states)  # what is being sent may have to be told of
+        assert list(await store.cancel(wanted)) == []
+
+    async def test_what_somebody_works_on_is_not_cancelled_here(self, queue: Queue, store: Store, clock: Clock) -> None:
+        batch = a_batch(2)
+        await queue.put([batch])
+        await queue.take(1)
+        assert list(await store.cancel([batch.id + "0001"])) == []
+        await queue.finish([LeaseEnd(batch.id, 1, clock())])
+        assert list(await store.cancel([batch.id + "0001"])) == [batch.id + "0001"]
+
+    async def test_former_holder_cannot_undo_a_cancellation(self, queue: Queue, store: Store, clock: Clock) -> None:
+        whole, part = a_batch(), a_batch(2)
+        await queue.put([whole, part])
+        await queue.take(2)
+        clock.advance(LEASE_S)
+        assert len(await store.cancel([whole.id + "0001", part.id + "0001"])) == 2
+        for batch in (whole, part):
+            assert list(await store.record([outcomes(batch, [ACCEPTED] * len(batch))], [])) == []
+            await queue.finish([LeaseEnd(batch.id, 1)])
+        assert await states_of(store, whole) == [CANCELLED]
+        assert await states_of(store, part) == [CANCELLED, QUEUED]
+        assert queue.waiting == 2
+        assert [lease.batch for lease in await queue.take(10)] == [part]
+
+    # Looking for notifications
+
+    async def test_all_are_listed_newest_first_page_by_page(self, queue: Queue, store: Store) -> None:
+        sizes = [1, 3, 1000, 1, 40]
+        batches = [a_batch(size, created_at=START + number) for number, size in enumerate(sizes)]
+        await queue.put(batches)
+        expected = [told(batch, index, QUEUED) for batch in reversed(batches) for index in reversed(range(len(batch)))]
+        for limit in (1000, 100, 41, 7):
+            assert await listed(store, Filter(), limit) == expected
+        page = await store.find_notifications(Filter(), expected[3].id.upper(), 2)
+        assert list(page.receipts) == expected[4:6]
+
+    async def test_last_page_says_that_it_is_the_last(self, queue: Queue, store: Store) -> None:
+        assert await store.find_notifications(Filter(), None, 5) == Page([], None)
+        batch = a_batch(3)
+        await queue.put([batch])
+        for limit, more in ((2, batch.id + "0002"), (3, None), (4, None)):
+            assert (await store.find_notifications(Filter(), None, limit)).next == more
+
+    async def test_pages_begin_behind_an_id_only(self, store: Store) -> None:
+        with pytest.raises(ValueError, match="no notification's id"):
+            await store.find_notifications(Filter(), "yesterday", 9)
+
+    async def test_what_is_listed_fits_each_filter_and_nothing_else_does(self, queue: Queue, store: Store) -> None:
+        chance = random.Random(7)
+        kinds = (Headers("com.example.a"), Headers("com.example.a.voip", PushType.VOIP), Headers("com.example.b"))
+        reasons = ["Unregistered", "BadDeviceToken", None]
+        tokens = [b"ab", b"cd" * 32, b"cdcdef", b"0f" * 32]
+        batches, known, expected = [], [], []
+        for number in range(40):
+            size = chance.choice([1, 1, 2, 5, 300])
+            environment = chance.choice([PRODUCTION, DEVELOPMENT])
+            batch = a_batch(size, created_at=START + number, app=f"app{number % 4}", environment=environment)
+            batch = replace(
+                batch,
+                headers=kinds,
+                headers_of=bytes(chance.choices(range(3), k=size)),
+                tokens=[chance.choice(tokens + [token] * 20) for token in batch.tokens],
+            )
+            states = chance.choices([ACCEPTED, State.REJECTED, QUEUED, BURIED], [90, 5, 3, 2], k=size)
+            details = {
+                index: Detail(index, chance.choice(reasons)) for index, state in enumerate(states) if state != ACCEPTED
+            }
+            if number % 5 == 0:  # nothing is known of it
+                states, details = [QUEUED] * size, {}
+            else:
+                known.append(outcomes(batch, states, *details.values()))
+            batches.append(batch)
+            expected += [(batch, index, state, details.get(index)) for index, state in enumerate(states)]
+        await queue.put(batches)
+        await queue.take(1000)
+        await store.record(known, [])
+        expected.reverse()
+
+        for _ in range(150):
+            wanted = Filter(
+                apps=chance.choice([None, None, frozenset(("app1",)), frozenset(("app0", "app3", "x"))]),
+                environment=chance.choice([None, None, PRODUCTION]),
+                states=chance.choice([None, frozenset((QUEUED,)), frozenset((State.REJECTED, BURIED)), frozenset()]),
+                reason=chance.choice([None, None, None, "Unregistered"]),
+                token=chance.choice([None, None, *tokens, b"ff"]),
+                push_type=chance.choice([None, None, PushType.VOIP, PushType.ALERT, PushType.MDM]),
+                topic=chance.choice([None, None, "com.example.a", "com.example"]),
+                since=chance.choice([None, None, START + 10]),
+                until=chance.choice([None, None, START + 30, START + 5]),
+            )
+            fitting = [
+                f"{batch.id}{index + 1:04x}"
+                for batch, index, state, detail in expected
+                if fits(wanted, batch, index, state, detail)
+            ]
+            assert places(await listed(store, wanted, limit=chance.choice([1000, 50]))) == fitting, wanted
+
+    async def test_times_are_those_of_the_taking(self, queue: Queue, store: Store) -> None:
+        batches = [a_batch(created_at=START + number / 1000) for number in range(4)]
+        await queue.put(batches)
+        inner = places(await listed(store, Filter(since=START + 0.001, until=START + 0.003)))
+        assert inner == [batches[2].id + "0001", batches[1].id + "0001"]
+        assert len(await listed(store, Filter(since=START + 0.0005))) == 3
+        assert await listed(store, Filter(until=0.0)) == []
+        assert len(await listed(store, Filter(until=1e300, since=-5.0))) == 4
+
+    async def test_pages_go_on_where_they_were_while_others_come_and_go(
+        self, queue: Queue, store: Store, clock: Clock
+    ) -> None:
+        batches = [a_batch(3, created_at=START + number) for number in range(10)]
+        for batch in batches:
+            await finished(queue, store, batch, [ACCEPTED] * 3)
+        seen: list[str] = []
+        before = None
+        for turn in range(100):
+            page = await store.find_notifications(Filter(), before, 2)
+            seen += places(page.receipts)
+            if page.next is None:
+                break
+            before = page.next
+            await finished(queue, store, a_batch(2, created_at=START + 100 + turn), [ACCEPTED] * 2)
+            if turn == 4:  # the page ended within the seventh batch
+                await store.purge(START + 7)
+        assert seen == [f"{batch.id}{place:04x}" for batch in reversed(batches[6:]) for place in (3, 2, 1)][: len(seen)]
+        assert len(seen) >= 9
 
     # Old things, and apps
 

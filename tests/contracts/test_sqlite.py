@@ -23,7 +23,7 @@ from msgspec import structs
 
 from heliograph import crash
 from heliograph.errors import StoreBusy, StoreError
-from heliograph.model import Batch, Detail, DeviceToken, Environment, LeaseEnd, Outcomes, Removal, State
+from heliograph.model import Batch, Detail, DeviceToken, Environment, LeaseEnd, Once, Outcomes, Removal, State
 from heliograph.ports import Queue, Store
 from heliograph.stores import sqlite_file
 from heliograph.stores.body import pack
@@ -104,6 +104,20 @@ async def test_all_of_it_survives_closing_and_opening(path: Path) -> None:
         assert receipt is not None
         assert receipt.state is State.ACCEPTED
         assert set(await store.held_among("shop", PRODUCTION, finished.tokens)) == {finished.tokens[0]}
+
+
+async def test_what_was_put_once_leaves_the_file_after_a_day_and_survives_until_then(path: Path, clock: Clock) -> None:
+    key = bytes(32)
+    async with opened(path, clock) as store:
+        for number in range(100):
+            await store.put([a_batch()], once=Once(number.to_bytes(32), key, b"old"))
+        clock.advance(1)
+        await store.put([a_batch()], once=Once(b"\xff" * 32, key, b"young"))
+    clock.advance(86_399)
+    async with opened(path, clock) as store:
+        await store.purge(0)
+        assert await run(store, lambda db: db.execute("SELECT count(*) FROM once").get) == 1
+        assert await store.find_once(b"\xff" * 32) == Once(b"\xff" * 32, key, b"young")
 
 
 async def test_log_is_folded_into_the_file_on_closing(path: Path) -> None:
@@ -779,7 +793,7 @@ async def test_file_of_the_first_version_comes_over_whole(path: Path) -> None:
         assert later.outcomes is not None
         assert later.outcomes.details[0].due_at == START + 900
         await store.finish([done(later)])
-        found = await store.find_buried("shop", None, 9)
+        found = await store.find_buried(["shop"], None, 9)
         assert [receipt.id for receipt in found] == [batches["buried"].id + place for place in ("0003", "0001")]
         assert len(await store.replay([found[0].id])) == 1
         assert ids(await store.take(9)) == [batches["buried"].id]

@@ -7,6 +7,7 @@ import hashlib
 import io
 import random
 import time
+import uuid
 from collections.abc import Sequence
 from typing import Self
 
@@ -40,6 +41,8 @@ class Load:
         self.refused: list[tuple[int, str]] = []
         """Answers that were neither a 2xx nor a plea for patience."""
         self.at_most_once = False
+        self.repeats = False
+        """Post again, as the same request (`Idempotency-Key`), until there is an answer."""
         self.largest = _LARGEST
         self.filler = 0
         """Octets that make payloads longer."""
@@ -71,18 +74,25 @@ class Load:
             self._running.result()
 
     async def post(self, session: aiohttp.ClientSession, body: bytes, wanted: Sequence[Submitted]) -> bool:
-        """Post until there is an answer; False where the connection broke first."""
+        """Post until there is an answer; False where the connection broke first, and it is not to be repeated."""
         self.note(wanted)
+        headers = {**self._server.authorization, "Content-Type": "application/json"}
+        if self.repeats:
+            headers["Idempotency-Key"] = str(uuid.UUID(int=self._chance.getrandbits(128)))
         while True:
             try:
                 async with session.post(
                     f"{self._server.url}/v1/notifications",
                     data=io.BytesIO(body),  # aiohttp warns of large bodies that are whole
-                    headers={**self._server.authorization, "Content-Type": "application/json"},
+                    headers=headers,
                 ) as response:
                     text = await response.read()
             except (aiohttp.ClientError, OSError):
-                return False
+                if not self.repeats:
+                    return False
+                await asyncio.sleep(_AGAIN_S)
+                await self._server.up.wait()
+                continue
             if response.status in (429, 503):
                 await asyncio.sleep(float(response.headers.get("Retry-After", "1")))
                 continue

@@ -77,6 +77,25 @@ async def test_killed_before_anything_is_sent(campaign: Opening, chance: random.
         assert await case.finish(Bounds(duplicates=0), chance) == []
 
 
+@pytest.mark.parametrize("runs", [2, pytest.param(20, marks=whole)], ids=["twice", "often"])
+@pytest.mark.parametrize("point", ["before-commit", "after-commit", "taken"])
+async def test_what_is_posted_again_until_it_is_answered_is_taken_exactly_once(
+    campaign: Opening, chance: random.Random, point: str, runs: int
+) -> None:
+    async with campaign() as case:
+        case.load.repeats = True
+        given = 0
+        for _ in range(runs):
+            count = chance.randint(200, 800)
+            given += count
+            await die_at(case, f"{point}:{chance.randint(1, 6)}", partial(give, case, count))
+        case.figures.runs = runs
+        await case.server.start()
+        assert await case.finish(Bounds(duplicates=BOUND), chance) == []
+        assert sorted(each.client_id for each in case.load.taken.values()) == list(range(1, given + 1))
+        assert {str(each.apns_id) for each in case.judged} == case.load.taken.keys()
+
+
 @pytest.mark.parametrize("runs", [1, pytest.param(20, marks=whole)], ids=["once", "often"])
 @pytest.mark.parametrize(
     "point", ["before-commit", "after-commit", "leased", "sent", "answered", "recorded", "finished"]

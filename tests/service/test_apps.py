@@ -30,7 +30,16 @@ from structlog.testing import capture_logs
 from heliograph import service, vault
 from heliograph.apps import Directory
 from heliograph.batches import new_batch_id
-from heliograph.config import ApiSettings, AppSettings, Config, CredentialSettings, Environments
+from heliograph.config import (
+    MAX_CREDENTIALS,
+    ApiSettings,
+    AppContent,
+    AppSettings,
+    Config,
+    CredentialContent,
+    CredentialSettings,
+    Environments,
+)
 from heliograph.doors import apps as apps_door
 from heliograph.errors import ConfigError, StoreError
 from heliograph.model import Batch, Environment, Headers, LeaseEnd, State
@@ -594,7 +603,9 @@ async def test_an_app_that_cannot_be_is_refused_with_what_to_change(
 
 def test_what_an_app_is_made_of_is_not_shown() -> None:
     made = {"key": "very-secret", "key_id": "ABC123DEFG", "proxy": "http://me:very-secret@proxy.example.com:1"}
-    body = apps_door._parse(json.dumps({**made, "credentials": [{"passphrase": "very-secret"}]}).encode())
+    body = apps_door._parse(
+        json.dumps({**made, "credentials": [{"passphrase": "very-secret"}]}).encode(), apps_door.NewApp
+    )
     assert body.credentials is not None
     for each in (body, *body.credentials):
         assert "very-secret" not in repr(each)
@@ -620,6 +631,215 @@ async def test_the_api_cannot_take_the_name_of_a_configured_app_that_cannot_be_u
         for method, body in (("PUT", body_for(apple)), ("DELETE", None)):
             status, problem = await caller.ask(method, "/v1/apps/shop", body)
             assert (status, problem["code"]) == (409, "ConfiguredApp")
+
+
+# -- credentials one by one ------------------------------------------------------------------------------------------
+
+
+def key_for(apple: Simulator, **change: Any) -> dict[str, Any]:
+    key = apple.signing_key
+    return {"key": key.pem.decode(), "key_id": key.key_id, "team_id": key.team_id, **change}
+
+
+def new_key(key_id: str, **change: Any) -> dict[str, Any]:
+    return {"key": new_signing_key().pem.decode(), "key_id": key_id, "team_id": "DEF123GHIJ", **change}
+
+
+def ids(shown: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    return [(each["id"], each["environments"]) for each in shown["credentials"]]
+
+
+CREDENTIALS = "/v1/apps/till/credentials"
+OLD, NEW = "OLDKEYOLDK", "NEWKEYNEWK"
+
+
+async def test_credentials_that_are_added_are_used_at_once_and_outlive_the_server(
+    tmp_path: Path, apple: Simulator
+) -> None:
+    config = config_of(tmp_path)
+    notification = {"app": "till", "token": token(1), "title": "x", "environment": "development", "wait": PATIENCE_S}
+    async with calling(config) as caller:
+        await caller.ask("PUT", "/v1/apps/till", body_for(apple, **new_key(OLD)))
+        assert (await caller.ask("POST", "/v1/notifications", notification))[1]["code"] == "UnknownEnvironment"
+        status, shown = await caller.ask("POST", CREDENTIALS, key_for(apple, environment="development"))
+        assert (status, shown["environments"]) == (201, ["production", "development"])
+        assert ids(shown) == [(OLD, ["production"]), (apple.signing_key.key_id, ["development"])]
+        assert (await caller.ask("POST", "/v1/notifications", notification))[1]["state"] == "accepted"
+    secret = apple.signing_key.pem.splitlines()[1]
+    assert secret.decode() not in json.dumps(shown)
+    assert secret not in contents(Path(config.data))
+    async with calling(config) as caller:
+        assert (await caller.ask("GET", "/v1/apps/till"))[1] == shown
+        assert (await caller.ask("POST", "/v1/notifications", notification))[1]["state"] == "accepted"
+
+
+async def test_credentials_that_are_removed_are_used_no_more(tmp_path: Path, apple: Simulator) -> None:
+    config = config_of(tmp_path)
+    async with calling(config) as caller:
+        tables = [new_key(OLD, environment="development"), key_for(apple)]
+        target = {name: body_for(apple)[name] for name in ("topic", "host", "port", "ca")}
+        status, _ = await caller.ask("PUT", "/v1/apps/till", {**target, "credentials": tables})
+        assert status == 201
+        assert await caller.ask("DELETE", f"{CREDENTIALS}/{OLD}") == (200, {"removed": OLD})
+        status, problem = await caller.ask("DELETE", f"{CREDENTIALS}/{OLD}")
+        assert (status, problem["code"]) == (404, "UnknownCredential")
+        assert f"Known ids: {apple.signing_key.key_id}." in problem["detail"]
+        assert caller.running.apps.find_route("till", DEVELOPMENT, TOPIC) is None
+    async with calling(config) as caller:
+        assert ids((await caller.ask("GET", "/v1/apps/till"))[1]) == [(apple.signing_key.key_id, ["production"])]
+
+
+async def test_the_same_key_or_certificate_is_replaced_where_it_stands(tmp_path: Path) -> None:
+    issued = push_certificate(TOPIC, environments=(DEVELOPMENT,))
+    pem = {"certificate": issued.pem.decode()}
+    async with calling(config_of(tmp_path)) as caller:
+        await caller.ask("PUT", "/v1/apps/till", {"topic": TOPIC, **new_key(OLD)})
+        added = [await caller.ask("POST", CREDENTIALS, pem) for _ in range(2)]
+        assert added[0] == added[1]
+        its = hashlib.sha256(issued.certificate_der).hexdigest()[:16]
+        assert ids(added[0][1]) == [(OLD, ["production"]), (its, ["development"])]
+        before = caller.running.apps.find_route("till", PRODUCTION, TOPIC)
+        status, shown = await caller.ask("POST", CREDENTIALS, new_key(OLD))
+        assert (status, ids(shown)) == (201, ids(added[0][1]))
+        assert caller.running.apps.find_route("till", PRODUCTION, TOPIC) != before
+
+
+async def test_the_same_key_for_each_environment_comes_and_goes_as_one(tmp_path: Path) -> None:
+    async with calling(config_of(tmp_path)) as caller:
+        same, *others = (new_key(OLD, environment=each) for each in ("production", "development"))
+        tables = [same, new_key(NEW), *others]
+        status, problem = await caller.ask("PUT", "/v1/apps/till", {"topic": TOPIC, "credentials": tables})
+        assert (status, problem["code"]) == (400, "BadApp")
+        await caller.ask("PUT", "/v1/apps/till", {"topic": TOPIC, "credentials": [same, *others]})
+        status, problem = await caller.ask("DELETE", f"{CREDENTIALS}/{OLD}")
+        assert (status, problem["code"]) == (409, "CredentialNeeded")
+        status, shown = await caller.ask("POST", CREDENTIALS, new_key(OLD, environment="both"))
+        assert (status, ids(shown)) == (201, [(OLD, ["production", "development"])])
+
+
+async def test_a_new_key_takes_the_place_of_an_old_one_and_may_be_sent_twice(tmp_path: Path, apple: Simulator) -> None:
+    async with calling(config_of(tmp_path)) as caller:
+        await caller.ask("PUT", "/v1/apps/till", body_for(apple, **new_key(OLD)))
+        await caller.ask("POST", CREDENTIALS, new_key("THIRDTHIRD", environment="development"))
+        body = key_for(apple, key_id=apple.signing_key.key_id)
+        status, problem = await caller.ask("POST", CREDENTIALS, body)
+        assert (status, problem["code"]) == (400, "BadApp")
+        assert f"as {OLD} stands before it and opens the same: have it replace {OLD}" in problem["detail"]
+        for _ in range(2):
+            status, shown = await caller.ask("POST", f"{CREDENTIALS}?replace={OLD}", body)
+            assert status == 201
+            assert [each for each, _ in ids(shown)] == [apple.signing_key.key_id, "THIRDTHIRD"]
+        sent = {"app": "till", "token": token(1), "title": "x", "environment": "production", "wait": PATIENCE_S}
+        assert (await caller.ask("POST", "/v1/notifications", sent))[1]["state"] == "accepted"
+        status, problem = await caller.ask("POST", f"{CREDENTIALS}?replace={OLD}", new_key(NEW, environment="both"))
+        assert (status, problem["code"]) == (404, "UnknownCredential")
+        assert "Known ids: " in problem["detail"]
+        status, problem = await caller.ask("POST", f"{CREDENTIALS}?instead={OLD}", body)
+        assert (status, problem["code"]) == (400, "UnknownParameter")
+
+
+async def test_an_ended_certificate_stays_in_nobodys_way_and_is_replaced(tmp_path: Path) -> None:
+    start = datetime.now(UTC)
+    now = start.timestamp()
+    store = await SqliteStore.open(tmp_path / "heliograph.db")
+    apps = Directory(Config(data=str(tmp_path / "data")), clock=lambda: now)
+    await apps.open(store)
+    first, second = (push_certificate(TOPIC, days=days, environments=(PRODUCTION,)) for days in (10, 365))
+    await apps.put("till", AppContent(credentials=(CredentialContent(certificate=first.pem),)))
+    now = (start + timedelta(days=20)).timestamp()
+    key = new_key(OLD)
+    content = CredentialContent(
+        key=key["key"].encode(), key_id=OLD, team_id=key["team_id"], environment=Environments.DEVELOPMENT
+    )
+    assert await apps.add_credentials("till", content) == OLD
+    with pytest.raises(ConfigError, match=r"ended on 20.*: make a new one"):
+        await apps.add_credentials("till", CredentialContent(certificate=first.pem))
+    old, new = (each.loaded().fingerprint[:16] for each in (first, second))
+    assert await apps.add_credentials("till", CredentialContent(certificate=second.pem), old) == new
+    assert [each["id"] for each in (apps.show("till") or {})["credentials"]] == [new, OLD]
+    await store.aclose()
+
+
+async def test_an_app_keeps_the_credentials_that_it_needs(tmp_path: Path) -> None:
+    issued = push_certificate(TOPIC, environments=(DEVELOPMENT,))
+    its = issued.loaded().fingerprint[:16]
+    async with calling(config_of(tmp_path)) as caller:
+        await caller.ask("PUT", "/v1/apps/till", {"certificate": issued.pem.decode()})
+
+        async def refused(gone: str) -> str:
+            status, problem = await caller.ask("DELETE", f"{CREDENTIALS}/{gone}")
+            assert (status, problem["code"]) == (409, "CredentialNeeded")
+            return str(problem["detail"])
+
+        assert await refused(its) == f"{its} is all that the app 'till' has: remove the app, or add others first."
+        assert (await caller.ask("POST", CREDENTIALS, new_key(OLD)))[0] == 201
+        # The certificate alone says which topics the app has.
+        assert "nothing says which topics the app has" in await refused(its)
+        till = push_certificate("com.example.till", environments=(PRODUCTION,))
+        tables = [{"certificate": each.pem.decode()} for each in (issued, till)]
+        both = {"topics": [TOPIC, "com.example.till"], "credentials": tables}
+        assert (await caller.ask("PUT", "/v1/apps/till", both))[0] == 200
+        assert "opens the topic com.example.till" in await refused(till.loaded().fingerprint[:16])
+        assert (await caller.ask("GET", "/v1/apps/till"))[1]["topics"] == [TOPIC, "com.example.till"]
+
+
+async def test_credentials_of_a_configured_app_or_of_none_cannot_be_changed(tmp_path: Path, apple: Simulator) -> None:
+    async with calling(config_of(tmp_path, apple)) as caller:
+        for name, answer in (("shop", (409, "ConfiguredApp")), ("till", (404, "UnknownApp"))):
+            path = f"/v1/apps/{name}/credentials"
+            for method, rest, body in (("POST", "", new_key(NEW)), ("DELETE", f"/{apple.signing_key.key_id}", None)):
+                status, problem = await caller.ask(method, path + rest, body)
+                assert (status, problem["code"]) == answer
+        for path in ("/v1/apps//credentials", "/v1/apps/shop/credentials/", "/v1/apps/shop/keys", "/v1/apps/x/y/z/a"):
+            assert (await caller.ask("DELETE", path))[1]["code"] == "NotFound"
+        assert (await caller.ask("GET", "/v1/apps/shop/credentials"))[1]["code"] == "MethodNotAllowed"
+
+
+@pytest.mark.parametrize(
+    "body, code, words",
+    [
+        ({}, "BadApp", "What was sent has no credentials: add key"),
+        (new_key(NEW, team_id=None), "BadApp", "What was sent has a key but no team_id"),
+        (new_key(NEW, certificate="x"), "BadApp", "What was sent has both a key and a certificate"),
+        (new_key(NEW, key="very-secret"), "BadApp", "The signing key is not PEM"),
+        (new_key("short"), "BadApp", "The key id must be 10 capital letters"),
+        ({"certificate": "%"}, "BadApp", "PEM text, or a file as base64"),
+        (new_key(NEW, environment="sandbox"), "BadEnvironment", "environment must be one of"),
+        (new_key(NEW, topic=TOPIC), "UnknownField", "There is no field 'topic' here."),
+        (new_key(NEW, teamid="x"), "UnknownField", "Did you mean team_id?"),
+        ([], "BadType", "The body: expected object"),
+        ({"certificate": push_certificate("com.example.till").pem.decode()}, "BadApp", "not for com.example.shop"),
+    ],
+)
+async def test_credentials_that_cannot_be_are_refused_with_what_to_change(
+    tmp_path: Path, body: Any, code: str, words: str
+) -> None:
+    async with calling(config_of(tmp_path)) as caller:
+        shown = (await caller.ask("PUT", "/v1/apps/till", {"topic": TOPIC, **new_key(OLD)}))[1]
+        status, problem = await caller.ask("POST", CREDENTIALS, body)
+        assert (status, problem["code"]) == (400, code)
+        assert words in problem["detail"]
+        assert problem["detail"][-1] in ".?"
+        assert "very-secret" not in json.dumps(problem)
+        assert (await caller.ask("GET", "/v1/apps/till"))[1] == shown
+
+
+async def test_changes_of_one_app_at_the_same_moment_all_count(tmp_path: Path) -> None:
+    topics = [f"com.example.a{number}" for number in range(MAX_CREDENTIALS + 3)]
+    issued = [push_certificate(topic, environments=(PRODUCTION,)) for topic in topics]
+    bodies = [{"certificate": each.pem.decode()} for each in issued]
+    async with calling(config_of(tmp_path)) as caller:
+        await caller.ask("PUT", "/v1/apps/till", bodies[0])
+        answers = await asyncio.gather(*(caller.ask("POST", CREDENTIALS, body) for body in bodies[1:]))
+        refused = [body["detail"] for status, body in answers if status != 201]
+        assert refused == [f"The app has {MAX_CREDENTIALS} credentials, which are enough: remove some first."] * 3
+        shown = (await caller.ask("GET", "/v1/apps/till"))[1]
+        there = [each["id"] for each in shown["credentials"]]
+        assert len(set(there)) == len(shown["topics"]) == MAX_CREDENTIALS
+        done = await asyncio.gather(*(caller.ask("DELETE", f"{CREDENTIALS}/{each}") for each in there))
+        # Whoever is last finds the app's last credentials.
+        assert sorted(status for status, _ in done) == [200] * (MAX_CREDENTIALS - 1) + [409]
+        assert len((await caller.ask("GET", "/v1/apps/till"))[1]["credentials"]) == 1
 
 
 # -- the master key --------------------------------------------------------------------------------------------------

@@ -655,9 +655,9 @@ async def test_a_connection_that_apple_has_no_use_for_is_replaced(apple: Simulat
     assert apple.connections == 2
 
 
-async def test_equal_answers_of_one_read_are_reported_together(apple: Simulator) -> None:
-    apple.rejects(None, "BadDeviceToken")
-    async with carrier_to(apple) as carrier:
+async def test_equal_answers_of_one_read_are_reported_together() -> None:
+    async with Simulator(cuts_limit=False) as apple, carrier_to(apple) as carrier:
+        apple.rejects(None, "BadDeviceToken")
         await carried(carrier, batch_of(1)).settled()
         groups: list[Sequence[int]] = []
         batch = batch_of(500)

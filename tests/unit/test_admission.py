@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from heliograph.admission import check, choose_environment, refuse_held
+from heliograph.admission import Checked, check, choose_environment, leave_out, refuse_held
 from heliograph.errors import Refused
 from heliograph.model import Access, App, Environment, Headers, PushType, SigningKey
 
@@ -57,12 +57,56 @@ def test_everything_that_is_wrong_is_told_with_its_place() -> None:
     }
 
 
-def test_a_shared_payload_is_judged_by_every_push_type_that_it_goes_out_with() -> None:
-    payload = b'{"aps":{"alert":"' + b"x" * 4500 + b'"}}'
-    headers = [Headers("", PushType.VOIP), Headers("", PushType.ALERT)]
-    checked = check(ONE, Environment.PRODUCTION, NOW, headers, [TOKEN] * 2, [payload])
-    assert [(refused.reason, refused.index) for refused in checked.refused] == [("PayloadTooLarge", None)]
-    assert not check(ONE, Environment.PRODUCTION, NOW, headers[:1], [TOKEN], [payload]).refused
+LONG = b'{"aps":{"alert":"' + b"x" * 4500 + b'"}}'
+"""Not too long for VoIP."""
+
+
+@pytest.mark.parametrize(
+    "push_types, refused",
+    [
+        ([PushType.VOIP, PushType.ALERT, PushType.ALERT], [1, 2]),
+        ([PushType.ALERT, PushType.ALERT], [None]),
+        ([PushType.ALERT], [None]),
+        ([PushType.VOIP], []),
+    ],
+)
+def test_a_shared_payload_is_judged_by_every_push_type_that_it_goes_out_with(
+    push_types: list[PushType], refused: list[int | None]
+) -> None:
+    headers = [Headers("", push_type) for push_type in push_types]
+    checked = check(ONE, Environment.PRODUCTION, NOW, headers, [TOKEN] * len(headers), [LONG])
+    assert [(each.reason, each.index) for each in checked.refused] == [("PayloadTooLarge", index) for index in refused]
+
+
+def test_a_shared_payload_that_no_push_type_may_have_is_refused_once_for_each() -> None:
+    headers = [Headers("", PushType.VOIP), Headers("", PushType.ALERT), Headers("", PushType.VOIP)]
+    checked = check(ONE, Environment.PRODUCTION, NOW, headers, [TOKEN] * 3, [b"x" * 6000])
+    assert [(each.reason, each.index) for each in checked.refused] == [("PayloadTooLarge", None)] * 2
+
+
+OTHERS = ["cd" * 32, "ef" * 32]
+
+
+def test_what_is_refused_is_left_out_of_every_column_that_has_an_entry_for_each() -> None:
+    headers = [Headers("", priority=7), Headers("", collapse_id="b"), Headers("", collapse_id="c"), Headers("")]
+    payloads = [ALERT, b"[", b'{"c":1}', b'{"d":1}']
+    checked = check(ONE, Environment.PRODUCTION, NOW, headers, [TOKEN, TOKEN, *OTHERS], payloads)
+    checked.refused.extend(refuse_held(checked.tokens, {OTHERS[1].encode(): "Unregistered"}))
+    assert sorted(each.index or 0 for each in checked.refused) == [0, 1, 3]
+    assert leave_out(checked) == Checked(checked.headers[2:3], [OTHERS[0].encode()], [b'{"c":1}'], [])
+
+
+def test_columns_with_one_entry_for_all_are_left_as_they_are() -> None:
+    checked = check(ONE, Environment.PRODUCTION, NOW, [Headers("")], ["x", *OTHERS], [ALERT])
+    left = leave_out(checked)
+    assert left == Checked(checked.headers, [each.encode() for each in OTHERS], [ALERT], [])
+
+
+def test_nothing_is_left_where_something_is_wrong_with_all() -> None:
+    for headers, payload, token in ((Headers("", priority=7), ALERT, TOKEN), (Headers(""), b"[", TOKEN)):
+        checked = check(ONE, Environment.PRODUCTION, NOW, [headers], [token] * 2, [payload])
+        assert not leave_out(checked).tokens
+    assert not leave_out(check(ONE, Environment.PRODUCTION, NOW, [Headers("")], ["x"], [ALERT])).tokens
 
 
 def test_a_refused_token_does_not_shift_the_places_of_dead_ones() -> None:

@@ -23,7 +23,7 @@ numbers = itertools.count()
 def work_of(lane: Lane, count: int, since: float = 0.0) -> Slice:
     base = next(numbers) << 16
     (batch,) = make_batches(
-        lambda: "0" * 32, *lane, 0.0, [Headers("com.example")], [b"%064x" % number for number in range(count)], [b"{}"]
+        lambda: f"{base:032x}", *lane, 0.0, [Headers("com.example")], [b"%064x" % n for n in range(count)], [b"{}"]
     )
     (work,) = slices(batch, range(count), base, since)
     return work
@@ -113,6 +113,7 @@ steps = st.one_of(
     st.tuples(st.just("put"), st.sampled_from([A, B, A_TESTING]), st.sampled_from([1, 2, SMALL, SMALL + 1, 200])),
     st.tuples(st.just("send"), st.integers(1, 300), st.integers(0, 300)),
     st.tuples(st.just("pop"), st.none(), st.none()),
+    st.tuples(st.just("withdraw"), st.sets(st.integers(0, 199)), st.integers(1, 3)),
 )
 
 
@@ -121,12 +122,14 @@ def test_everything_leaves_once_and_is_counted(script: list[tuple[str, object, o
     backlog = Backlog()
     put: dict[Slice, int] = {}
     gone: dict[Slice, int] = {}
+    bases: dict[Slice, int] = {}
     for number, (verb, first, second) in enumerate(script):
         if verb == "put":
             assert isinstance(first, tuple)
             assert isinstance(second, int)
             work = work_of((first[0], first[1]), second, since=float(number))
             put[work] = second
+            bases[work] = work.keys[0] >> 16
             backlog.put(work)
         elif not backlog.waiting:
             assert backlog.oldest is None
@@ -137,6 +140,15 @@ def test_everything_leaves_once_and_is_counted(script: list[tuple[str, object, o
             taken = min(count, second)
             backlog.take(taken)
             gone[work] = gone.get(work, 0) + taken
+        elif verb == "withdraw":
+            assert isinstance(first, set)
+            assert isinstance(second, int)
+            wanted = {work.prefixes[0]: frozenset(first) for work in list(put)[-second:]}
+            for key in backlog.withdraw(wanted):
+                work = next(each for each in put if bases[each] == key >> 16)
+                assert key & 0xFFFF in first
+                gone[work] = gone.get(work, 0) + 1
+            assert not backlog.withdraw(wanted)
         else:
             work = backlog.pop_oldest()
             gone[work] = gone.get(work, 0) + work.left
@@ -152,6 +164,26 @@ def test_everything_leaves_once_and_is_counted(script: list[tuple[str, object, o
         gone[work] = gone.get(work, 0) + 1
     assert {each: count for each, count in gone.items() if count} == put
     assert not backlog.lanes
+
+
+def test_what_is_left_beside_what_is_taken_back_stays_whole_and_in_order() -> None:
+    kinds = [Headers("com.example", collapse_id=f"c{number % 3}") for number in range(40)]
+    (batch,) = make_batches(
+        lambda: "0" * 32, *A, 0.0, kinds, [b"%064x" % n for n in range(40)], [b'{"n":%d}' % n for n in range(40)]
+    )
+    (work,) = slices(batch, range(40), 7 << 16, 0.0)
+    backlog = backlog_of(work)
+    assert send(backlog, 10) == (work, 10)
+    assert backlog.withdraw({batch.id.encode(): {3, 10, 12, 39}, b"other": {11}}) == [7 << 16 | n for n in (10, 12, 39)]
+    left = [11, *range(13, 39)]
+    assert backlog.waiting == len(left)
+    assert [key & 0xFFFF for key in work.keys] == left
+    assert list(work.paths) == [batch.tokens[index] for index in left]
+    assert list(work.bodies) == [batch.payloads[index] for index in left]
+    assert list(work.suffixes) == [b"%04x" % (index + 1) for index in left]
+    assert [dict(each)[b"apns-collapse-id"] for each in work.literals] == [b"c%d" % (index % 3) for index in left]
+    assert send(backlog, 100) == (work, len(left))
+    assert not backlog.waiting
 
 
 def test_how_often_it_may_be_sent_makes_no_further_slice() -> None:

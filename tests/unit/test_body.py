@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import struct
 
+import msgspec
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -11,7 +13,7 @@ from msgspec import structs
 
 from heliograph.errors import StoreError
 from heliograph.model import Batch, Environment, Headers, PushType
-from heliograph.stores.body import pack, unpack
+from heliograph.stores.body import Places, head_octets, pack, unpack
 
 ID = "01890a5d-ac96-774b-bcce-b302099a"
 
@@ -105,7 +107,63 @@ def test_damaged_body_gives_a_batch_or_a_store_error(batch: Batch, data: st.Data
         restored(batch, bytes(body))
 
 
-@pytest.mark.parametrize("body", [b"", b"\x00", b"\x02" + pack(plain())[1:], b"\x01"])
+@pytest.mark.parametrize("body", [b"", b"\x00", b"\x03" + pack(plain())[1:], b"\x01", b"\x02", pack(plain())[:9]])
 def test_body_of_another_form_is_a_store_error_that_names_the_batch(body: bytes) -> None:
     with pytest.raises(StoreError, match=ID):
         restored(plain(), body)
+    with pytest.raises(StoreError):
+        Places(body)
+
+
+def test_body_of_form_1_is_read_as_ever() -> None:
+    lengths = struct.pack("<2I", 2, 3)
+    parts = [[{"topic": "com.example.shop"}], None, 0, lengths, b"\xab\xcd\xe0", lengths, b"{}[1]"]
+    body = b"\x01" + msgspec.msgpack.encode(parts)
+    batch = structs.replace(plain(), tokens=[b"ab", b"cde"], payloads=[b"{}", b"[1]"])
+    assert restored(batch, body) == batch
+    assert head_octets(body[:5], len(body)) == len(body)
+    assert told(Places(body), 2) == [(Headers("com.example.shop"), "ab"), (Headers("com.example.shop"), "cde")]
+
+
+# What is read of a place, without the payloads
+
+
+def told(places: Places, size: int) -> list[tuple[Headers, str]]:
+    return [(places.headers(index), places.token(index)) for index in range(size)]
+
+
+@given(batches())
+@example(plain(1))
+@example(structs.replace(plain(1), tokens=[b"abc"]))
+def test_the_head_alone_tells_headers_and_device_token_of_each_place(batch: Batch) -> None:
+    body = pack(batch)
+    head = body[: head_octets(body[:5], len(body))]
+    assert len(body) - len(head) == sum(map(len, batch.payloads))
+    headers_of = batch.headers_of or bytes(len(batch))
+    expected = [(batch.headers[kind], token.decode()) for kind, token in zip(headers_of, batch.tokens, strict=True)]
+    places = Places(head)
+    assert told(places, len(batch)) == expected
+    for beyond in (len(batch), 1000):
+        with pytest.raises(IndexError):
+            places.token(beyond)
+
+
+@given(batches(), st.data())
+def test_the_places_of_a_device_token_are_found(batch: Batch, data: st.DataObject) -> None:
+    places = Places(pack(batch))
+    token = data.draw(st.sampled_from(batch.tokens) | st.binary(min_size=1, max_size=3).map(lambda b: b.hex().encode()))
+    if len(token) % 2 == 0:
+        assert places.find(bytes.fromhex(token.decode())) == [
+            index for index, each in enumerate(batch.tokens) if each == token
+        ]
+
+
+@given(batches(), st.data())
+def test_damaged_heads_tell_something_or_nothing(batch: Batch, data: st.DataObject) -> None:
+    body = bytearray(pack(batch))
+    for _ in range(data.draw(st.integers(1, 4))):
+        body[data.draw(st.integers(0, min(len(body), 200) - 1))] = data.draw(st.integers(0, 255))
+    with contextlib.suppress(StoreError, IndexError):
+        places = Places(bytes(body))
+        places.find(b"ab")
+        told(places, len(batch))

@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from heliograph.config import AppSettings, Config, CredentialSettings, Environments, load, read_secret
+from heliograph import config as module
+from heliograph.config import (
+    AppSettings,
+    Config,
+    CredentialSettings,
+    Environments,
+    Setting,
+    explain,
+    load,
+    read_file,
+    read_secret,
+)
 from heliograph.errors import ConfigError
 from heliograph.model import Environment
 
@@ -123,8 +137,160 @@ def test_variables_alone_make_an_app_and_lists_have_commas() -> None:
     assert app.environment.each() == (Environment.PRODUCTION, Environment.DEVELOPMENT)
 
 
+def test_an_empty_variable_is_none() -> None:
+    names = ("HELIOGRAPH_DATA", "HELIOGRAPH_API__KEY", "HELIOGRAPH_APPS__SHOP__PORT", "HELIOGRAPH_APPS__SHOP__NAME")
+    assert load(None, dict.fromkeys(names, "")) == load(None, {})
+
+
 def test_variables_of_the_command_line_are_no_settings() -> None:
-    assert load(None, {"HELIOGRAPH_URL": "http://x", "HELIOGRAPH_KEY": "hg_x", "HELIOGRAPH_CONFIG": "x"}).apps == {}
+    environ = dict.fromkeys(module.NOT_SETTINGS, "x")
+    assert load(None, environ) == load(None, {})
+
+
+def test_what_kubernetes_tells_of_services_is_no_setting() -> None:
+    environ = {
+        "HELIOGRAPH_SERVICE_HOST": "10.0.0.7",
+        "HELIOGRAPH_SERVICE_PORT": "8080",
+        "HELIOGRAPH_SERVICE_PORT_HTTP_API": "8080",
+        "HELIOGRAPH_PORT": "tcp://10.0.0.7:8080",
+        "HELIOGRAPH_PORT_8080_TCP": "tcp://10.0.0.7:8080",
+        "HELIOGRAPH_PORT_8080_TCP_PROTO": "tcp",
+        "HELIOGRAPH_PORT_8080_TCP_ADDR": "10.0.0.7",
+        "HELIOGRAPH_API_SERVICE_HOST": "10.0.0.7",
+        "HELIOGRAPH_API_PORT": "tcp://10.0.0.7:8080",
+    }
+    assert load(None, environ) == load(None, {})
+    assert "did you mean HELIOGRAPH_API__PORT?" in complaint(None, HELIOGRAPH_API_PORT="8080")
+
+
+def test_variables_reach_every_setting(file: Path) -> None:
+    text = """
+    data = "state"
+    [api]
+    host = "::1"
+    port = 1
+    key = "file:api"
+    [store]
+    receipts_days = 2
+    max_waiting = 3
+    master_key = "file:master"
+    [apps.key]
+    topics = ["a", "b"]
+    key = "AuthKey.p8"
+    key_id = "c"
+    team_id = "d"
+    passphrase = "file:word"
+    environment = "both"
+    host = "localhost"
+    port = 4
+    ca = "ca.pem"
+    proxy = "http://proxy:3128"
+    [apps.several]
+    topic = "a"
+    [[apps.several.credentials]]
+    certificate = "a.pem"
+    certificate_key = "b.pem"
+    passphrase = "credential:word"
+    environment = "development"
+    [[apps.several.credentials]]
+    key = "AuthKey.p8"
+    key_id = "c"
+    team_id = "d"
+    """
+    file.write_text(text)
+    config = load(file, {})
+    variables = {}
+    for each in explain(file, {}):
+        name = "__".join(each.way).upper().replace("[", "__").replace("]", "")
+        value = ", ".join(each.value) if isinstance(each.value, tuple) else str(each.value)
+        variables["HELIOGRAPH_" + name] = value
+    assert load(None, variables) == config
+    known = {
+        name.replace("NAME", "KEY", 1) for name in module._variables_of(Config, "NAME") if "NAME__NAME" not in name
+    }
+    given = {name.removeprefix("HELIOGRAPH_").replace("SEVERAL", "KEY").replace("__2__", "__1__") for name in variables}
+    assert known - given == {"APPS__KEY__CERTIFICATE", "APPS__KEY__CERTIFICATE_KEY"}
+
+
+def test_tables_of_credentials_are_numbered_in_variables(file: Path) -> None:
+    file.write_text(TABLES)
+    more = {
+        "HELIOGRAPH_APPS__SHOP__CREDENTIALS__1__ENVIRONMENT": "development",
+        "HELIOGRAPH_APPS__SHOP__CREDENTIALS__3__CERTIFICATE": "third.p12",
+    }
+    voip, key, third = load(file, more).apps["shop"].each_credentials()
+    assert (voip.certificate, voip.environment) == (f"file:{file.parent / 'voip.p12'}", Environments.DEVELOPMENT)
+    assert key.key == f"file:{file.parent / 'AuthKey_ABC123DEFG.p8'}"
+    assert third.certificate == f"file:{file.parent / 'third.p12'}"
+
+
+def test_more_than_nine_tables_keep_their_order() -> None:
+    variables = {f"HELIOGRAPH_APPS__SHOP__CREDENTIALS__{n}__CERTIFICATE": f"/{n}.p12" for n in range(1, 13)}
+    found = load(None, variables).apps["shop"].credentials
+    assert [each.certificate for each in found] == [f"file:/{n}.p12" for n in range(1, 13)]
+
+
+def test_an_app_whose_name_no_variable_can_spell_is_named_by_one() -> None:
+    variables = {
+        "HELIOGRAPH_APPS__SHOP_EU__NAME": "Shop.eu-west",
+        "HELIOGRAPH_APPS__SHOP_EU__CERTIFICATE": "/shop.p12",
+    }
+    assert list(load(None, variables).apps) == ["Shop.eu-west"]
+
+
+def test_underscores_in_a_variable_find_the_app_of_the_file_that_has_hyphens_and_dots(file: Path) -> None:
+    file.write_text(SHOP.replace("apps.shop", 'apps."Shop.eu-west"'))
+    config = load(file, {"HELIOGRAPH_APPS__SHOP_EU_WEST__PORT": "2197"})
+    assert config.apps["Shop.eu-west"].port == 2197
+    # Of two that are spelt alike none is taken: it is an app of its own, which lacks a lot.
+    file.write_text(SHOP.replace("shop", "a-b") + SHOP.replace("shop", "a_b") + SHOP.replace("shop", "a-c"))
+    assert load(file, {"HELIOGRAPH_APPS__A_B__PORT": "2197"}).apps["a_b"].port == 2197
+    file.write_text(SHOP.replace("apps.shop", "apps.a-b") + SHOP.replace("apps.shop", 'apps."a.b"'))
+    assert "HELIOGRAPH_APPS__A_B has no credentials" in complaint(None, HELIOGRAPH_APPS__A_B__PORT="2197")
+
+
+@pytest.mark.parametrize(
+    "variable, words",
+    [
+        ("APPS__SHOP__CREDENTIALS__3__KEY=a", "CREDENTIALS__3__KEY: number the tables 1, 2, ... without a gap"),
+        ("APPS__SHOP__CREDENTIALS__X__KEY=a", "CREDENTIALS__X__KEY: number the tables 1, 2, ... without a gap"),
+        ("APPS__SHOP__CREDENTIALS__0__KEY=a", "CREDENTIALS__0__KEY: number the tables 1, 2, ... without a gap"),
+        ("APPS__SHOP__CREDENTIALS__1=a", "CREDENTIALS__1 is a table: spell its settings, as HELIOGRAPH_APPS__SHOP__"),
+        (
+            "APPS__SHOP__CREDENTIALS=a",
+            "CREDENTIALS is a table: spell its settings, as HELIOGRAPH_APPS__SHOP__CREDENTIA",
+        ),
+        ("APPS__SHOP__CREDENTIALS__1__KEYID=a", "did you mean HELIOGRAPH_APPS__SHOP__CREDENTIALS__1__KEY_ID?"),
+        ("APPS__SHOP__TEAMID=a", "did you mean HELIOGRAPH_APPS__SHOP__TEAM_ID?"),
+        ("APPS__SHOP__FOO=a", "known are HELIOGRAPH_APPS__SHOP__KEY, "),
+        ("APP__SHOP__KEY=a", "did you mean HELIOGRAPH_APPS__SHOP__KEY?"),
+        ("APPS__SHOP__PORT=443", "HELIOGRAPH_APPS__SHOP has no credentials: add key"),
+        ("APPS__SHOP__NAME=a b", "HELIOGRAPH_APPS__SHOP is no name for an app"),
+        ("APPS__SHOP=a", "HELIOGRAPH_APPS__SHOP is a table: spell its settings"),
+        ("APPS=a", "HELIOGRAPH_APPS is a table: spell its settings"),
+        ("API=a", "HELIOGRAPH_API is a table: spell its settings, as HELIOGRAPH_API__PORT does"),
+        ("API__PORT__X=1", "HELIOGRAPH_API__PORT__X: there is nothing below port, which is a single value"),
+        ("API__PORT=x", "HELIOGRAPH_API__PORT does not fit: expected a whole number"),
+        ("PORT=9000", "did you mean HELIOGRAPH_API__PORT?"),
+        ("API_PORT=9000", "did you mean HELIOGRAPH_API__PORT?"),
+        ("LOGLEVEL=info", "did you mean HELIOGRAPH_LOG_LEVEL?"),
+        ("WHATEVER=1", "known are HELIOGRAPH_DATA, HELIOGRAPH_API__HOST, "),
+    ],
+)
+def test_a_variable_that_does_not_fit_is_told_with_its_name(variable: str, words: str) -> None:
+    name, _, value = variable.partition("=")
+    said = complaint(None, **{f"HELIOGRAPH_{name}": value})
+    assert words in said
+    assert f"HELIOGRAPH_{name}" in said or "HELIOGRAPH_APPS__SHOP " in said
+
+
+def test_each_setting_tells_where_it_is_from(file: Path) -> None:
+    file.write_text(SHOP)
+    told = explain(file, {"HELIOGRAPH_APPS__SHOP__PORT": "2197"})
+    assert Setting(("data",), str(file.parent / "heliograph-data"), "default") in told
+    assert Setting(("apps", "shop", "topic"), "com.example.shop", str(file)) in told
+    assert Setting(("apps", "shop", "port"), 2197, "HELIOGRAPH_APPS__SHOP__PORT") in told
+    assert "proxy" not in {each.way[-1] for each in told}
 
 
 @pytest.mark.parametrize(
@@ -146,7 +312,7 @@ def test_variables_of_the_command_line_are_no_settings() -> None:
         (SHOP.replace("key =", "certificate ="), ["apps.shop has a key_id or a team_id", "remove them"]),
         (SHOP + "[[apps.shop.credentials]]\nkey = 'a'", ["apps.shop has key beside [[credentials]] tables: move it"]),
         (TABLES + "[[apps.shop.credentials]]", ["apps.shop (credentials, table 3) has no credentials: add key"]),
-        (TABLES + "keyid = 'x'", ["apps.shop.credentials.keyid is not a setting: did you mean key_id?"]),
+        (TABLES + "keyid = 'x'", ["apps.shop.credentials[2].keyid is not a setting: did you mean key_id?"]),
         (SHOP + "credentials = 'x'", ["apps.shop.credentials must be tables in the file, [[apps.shop.credentials]]"]),
         (SHOP + "proxy = 'proxy:3128'", ["apps.shop has a proxy that is not like http://proxy.example.com:3128"]),
         (SHOP + "proxy = 'https://proxy:3128'", ["apps.shop has a proxy that is not like http://"]),
@@ -232,8 +398,13 @@ def test_a_variable_below_a_single_value_is_refused(file: Path) -> None:
 
 
 def test_a_file_that_is_not_there_or_not_text_is_told(file: Path) -> None:
-    with pytest.raises(ConfigError, match="There is no file"):
+    with pytest.raises(ConfigError, match="there is no file"):
         load(file, {})
+    with pytest.raises(ConfigError, match="Is a directory"):
+        load(file.parent, {})
+    with pytest.raises(ConfigError, match="is a device"):
+        load(Path("/dev/zero"), {})
+    assert load(Path(os.devnull), {}).apps == {}
     file.write_bytes(b"\xff")
     with pytest.raises(ConfigError, match="not UTF-8"):
         load(file, {})
@@ -303,14 +474,97 @@ def test_a_secret_that_is_no_file_is_told(tmp_path: Path) -> None:
         read_secret(f"file:{tmp_path / 'absent'}", "api.key")
     with pytest.raises(ConfigError, match="cannot be read"):
         read_secret(f"file:{tmp_path}", "api.key")
-    os.mkfifo(tmp_path / "pipe", 0o600)
-    for path in (tmp_path / "pipe", Path("/dev/zero")):
-        with pytest.raises(ConfigError, match=f"^api.key: {path} is a pipe or a device: name a regular file$"):
-            read_secret(f"file:{path}", "api.key")
+    with pytest.raises(ConfigError, match=r"^api.key: /dev/zero is a device: name a file$"):
+        read_secret("file:/dev/zero", "api.key")
+    with pytest.raises(ConfigError, match=r"cannot be read .*null"):
+        read_secret("file:\0", "api.key")
     (tmp_path / "long").write_bytes(bytes(70_000))
     (tmp_path / "long").chmod(0o600)
     with pytest.raises(ConfigError, match="longer than"):
         read_secret(f"file:{tmp_path / 'long'}", "api.key")
+
+
+# -- pipes -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def process_substitution(content: bytes, *, after: threading.Event | None = None) -> Iterator[Path]:
+    """As `<(...)` gives it: the end of a pipe that somebody writes into, under a name."""
+    reading, writing = os.pipe()
+
+    def write() -> None:
+        if after is not None:
+            after.wait()
+        with os.fdopen(writing, "wb") as pipe:
+            pipe.write(content)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        yield Path(f"/dev/fd/{reading}")
+    finally:
+        writer.join()
+        os.close(reading)
+
+
+def test_a_secret_may_come_through_a_pipe() -> None:
+    with process_substitution(b"octets") as path:
+        assert read_secret(f"file:{path}", "--key-file") == b"octets"
+    with process_substitution(b"data = '/srv/push'") as path:
+        assert load(path, {}).data == "/srv/push"
+
+
+def test_a_secret_may_come_through_a_fifo_that_somebody_opens(tmp_path: Path) -> None:
+    path = tmp_path / "fifo"
+    os.mkfifo(path, 0o600)
+    writer = threading.Thread(target=path.write_bytes, args=(b"x" * 60_000,))
+    writer.start()
+    try:
+        assert read_secret(f"file:{path}", "--key-file") == b"x" * 60_000
+    finally:
+        writer.join()
+
+
+def test_a_writer_may_take_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_WRITER_S", 0.01)
+    go = threading.Event()
+    slow = threading.Timer(0.1, go.set)
+    slow.start()
+    with process_substitution(b"octets", after=go) as path:
+        assert read_secret(f"file:{path}", "--key-file") == b"octets"
+    slow.join()
+
+
+def test_a_fifo_that_nobody_writes_into_is_waited_for_a_while_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_WRITER_S", 0.01)
+    path = tmp_path / "fifo"
+    os.mkfifo(path, 0o600)
+    with pytest.raises(ConfigError, match=rf"^api.key: {path} is a pipe, and nobody writes into it within 0 s: start"):
+        read_secret(f"file:{path}", "api.key")
+    monkeypatch.setattr(module, "_WRITTEN_S", 0.01)
+    writer = os.open(path, os.O_RDWR)
+    try:
+        with pytest.raises(ConfigError, match="who writes into it has not ended within 0 s"):
+            read_secret(f"file:{path}", "api.key")
+    finally:
+        os.close(writer)
+
+
+def test_a_pipe_through_which_nothing_or_too_much_comes_is_told() -> None:
+    with process_substitution(b"") as path, pytest.raises(ConfigError, match="nothing came through the pipe"):
+        read_secret(f"file:{path}", "api.key")
+    with process_substitution(bytes(100)) as path, pytest.raises(ConfigError, match="longer than 99 octets"):
+        read_file(path, "api.key", most=99)
+
+
+def test_a_fifo_that_others_may_read_is_no_place_for_a_secret(tmp_path: Path) -> None:
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+    path.chmod(0o644)
+    with pytest.raises(ConfigError, match=f"run chmod 600 {path}"):
+        read_secret(f"file:{path}", "api.key")
 
 
 def test_the_tree_is_frozen() -> None:

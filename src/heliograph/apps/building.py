@@ -17,6 +17,7 @@ from msgspec.structs import replace
 from heliograph import credentials
 from heliograph.carriers.apns import Endpoint, Route
 from heliograph.config import (
+    MAX_CREDENTIALS,
     AppContent,
     AppSettings,
     CredentialContent,
@@ -96,6 +97,14 @@ def kind_and_name(found: Credentials) -> tuple[str, str]:
     return ("signing key", found.key_id) if isinstance(found, SigningKey) else ("certificate", found.name)
 
 
+def credential_id(found: Credentials) -> str:
+    """What an app's credentials are told apart by: a key's id, 16 hex digits of a certificate's fingerprint.
+
+    The same key or certificate twice, for an environment each, has one.
+    """
+    return found.key_id if isinstance(found, SigningKey) else found.fingerprint[:16]
+
+
 def ended(entry: Entry, now: float) -> list[ClientCertificate]:
     """The certificates that Apple does not take any more."""
     shown = (access.credentials for access in entry.app.access)
@@ -120,7 +129,13 @@ def show_entry(entry: Entry, now: float) -> dict[str, Any]:
 def _show_access(access: Access, now: float) -> dict[str, Any]:
     found = access.credentials
     kind, name = kind_and_name(found)
-    common = {"kind": kind, "name": name, "environments": access.environments, "topics": access.topics}
+    common = {
+        "id": credential_id(found),
+        "kind": kind,
+        "name": name,
+        "environments": access.environments,
+        "topics": access.topics,
+    }
     if isinstance(found, SigningKey):
         return {**common, "team_id": found.team_id, "ends_at": None, "days_left": None}
     return {
@@ -207,18 +222,16 @@ def build(
     for number, given in enumerate(content.credentials, 1):
         table = f", credentials table {number}" if len(content.credentials) > 1 else ""
         place = f"{where}{table}" + (f" ({given.file})" if given.file else "")
-        try:
-            opened, settled = _open(given, content.topics)
-        except ConfigError as error:
-            told = f"{place}: {error}" if place else str(error)
-            if given.passphrase is None and _LOCKED in told:
-                told += ", as passphrase" if stored else ', as passphrase = "file:PATH"'
-            raise ConfigError(told) from None
+        opened, settled = _open_at(place, given, content.topics, stored=stored)
         access.append(opened)
         normal.append(settled)
     topics = content.topics or tuple(
         dict.fromkeys(topic for each in access for topic in bundle_ids(each.topics or ())),
     )
+    if not topics:
+        raise ConfigError(
+            f"{prefix}nothing says which topics the app has, as a certificate would: give the app a topic"
+        )
     for topic in topics:
         if not any(each.topics is None or topic in bundle_ids(each.topics) for each in access):
             raise ConfigError(
@@ -248,6 +261,49 @@ def build(
     return Entry(App(name, topics, tuple(access)), content, routes, stored)
 
 
+def with_credentials(entry: Entry, given: CredentialContent, instead_of: str | None) -> tuple[AppContent, Credentials]:
+    """What a stored app is made of with these in it too, and what they are.
+
+    They come in the place of those with the id `instead_of` or with their own, else behind all; whether there are some
+    with the id `instead_of` is for the caller to see. Raises ConfigError.
+    """
+    opened, settled = _open_at("", given, entry.content.topics, stored=True)
+    made = opened.credentials
+    gone = {credential_id(made), instead_of}
+    kept: list[CredentialContent | None] = [
+        None if credential_id(access.credentials) in gone else each
+        for access, each in zip(entry.app.access, entry.content.credentials, strict=True)
+    ]
+    if None not in kept and instead_of is None:
+        if len(kept) >= MAX_CREDENTIALS:
+            raise ConfigError(f"The app has {MAX_CREDENTIALS} credentials, which are enough: remove some first")
+        _check_use(entry, opened)
+    place = kept.index(None) if None in kept else len(kept)
+    kept[place : place + 1] = [settled]
+    return replace(entry.content, credentials=tuple(filter(None, kept))), made
+
+
+def _check_use(entry: Entry, new: Access) -> None:
+    """Raises ConfigError where credentials behind those of an app would never be used."""
+    before = [
+        next((other for other in entry.app.access if _covers(other, new, environment)), None)
+        for environment in new.environments
+    ]
+    if None not in before:
+        ids = " and ".join(dict.fromkeys(credential_id(each.credentials) for each in before if each is not None))
+        raise ConfigError(
+            f"The {' '.join(kind_and_name(new.credentials))} would never be used, as {ids} stands before it and opens "
+            f"the same: have it replace {ids}, or leave it out"
+        )
+
+
+def without_credentials(entry: Entry, gone: str) -> AppContent:
+    """What an app is made of without those with this id."""
+    pairs = zip(entry.app.access, entry.content.credentials, strict=True)
+    kept = tuple(each for access, each in pairs if credential_id(access.credentials) != gone)
+    return replace(entry.content, credentials=kept)
+
+
 def bundle_ids(topics: Iterable[str]) -> tuple[str, ...]:
     """The topics of a certificate without the suffixes of push types."""
     listed = list(topics)
@@ -258,6 +314,19 @@ def bundle_ids(topics: Iterable[str]) -> tuple[str, ...]:
         own = any(topic + each in listed for each in _SUFFIXES)
         found[topic if own else topic.removesuffix(suffix)] = None
     return tuple(found)
+
+
+def _open_at(
+    place: str, given: CredentialContent, topics: tuple[str, ...], *, stored: bool
+) -> tuple[Access, CredentialContent]:
+    """As `_open`; `place` is for the text of errors."""
+    try:
+        return _open(given, topics)
+    except ConfigError as error:
+        told = f"{place}: {error}" if place else str(error)
+        if given.passphrase is None and _LOCKED in told:
+            told += ", as passphrase" if stored else ', as passphrase = "file:PATH"'
+        raise ConfigError(told) from None
 
 
 def _open(given: CredentialContent, topics: tuple[str, ...]) -> tuple[Access, CredentialContent]:

@@ -25,16 +25,19 @@ from heliograph.apps.building import (
     Entry,
     Instead,
     build,
+    credential_id,
     ended,
     files_of,
     kind_and_name,
     read_content,
     show_entry,
+    with_credentials,
+    without_credentials,
 )
 from heliograph.carriers.apns import Route
-from heliograph.config import AppContent, AppSettings, Config, is_app_name, secret_path
+from heliograph.config import AppContent, AppSettings, Config, CredentialContent, is_app_name, secret_path
 from heliograph.errors import ConfigError, HeliographError, StoreError
-from heliograph.model import App, ClientCertificate, Environment
+from heliograph.model import App, ClientCertificate, Credentials, Environment
 from heliograph.ports import Store
 
 MASTER_KEY_FILE = "master-key"
@@ -193,21 +196,60 @@ class Directory:
 
         Raises ConfigError and StoreError.
         """
-        store = self._store
-        assert store is not None
         if not is_app_name(name):
             raise ConfigError("An app's name must be letters, digits, dots, hyphens and underscores, 64 at most")
         async with self._busy:
             self._refuse_configured(name)
             entry = await asyncio.to_thread(self._build, name, content, "", stored=True)
             for each in ended(entry, self._clock()):
-                raise ConfigError(f"{_told(each)}: make a new one in the developer account, and give that")
-            assert self._vault is not None
-            await store.save_app(name, self._vault.seal(sealed_name(name), _encode(entry.content)))
+                raise _ended(each)
             is_new = name not in self._stored
-            self._stored[name] = entry
-            self._swap()
+            await self._keep(name, entry)
             return is_new
+
+    async def add_credentials(self, name: str, given: CredentialContent, instead_of: str | None = None) -> str | None:
+        """Give a stored app more credentials, or others in the place of those with an id; their id. Durable on return.
+
+        What has the same id is replaced anyway. None: there is no such app, or it has none with the id `instead_of`.
+        Raises ConfigError and StoreError.
+        """
+        async with self._busy:
+            self._refuse_configured(name)
+            former = self._stored.get(name)
+            if former is None:
+                return None
+            content, added = await asyncio.to_thread(with_credentials, former, given, instead_of)
+            if instead_of is not None and not {instead_of, credential_id(added)} & _ids(former):
+                return None
+            entry = await asyncio.to_thread(self._build, name, content, "", stored=True)
+            if added in ended(entry, self._clock()):
+                raise _ended(added)
+            await self._keep(name, entry)
+            return credential_id(added)
+
+    async def remove_credentials(self, name: str, gone: str) -> bool:
+        """Take the credentials with this id from a stored app; whether there were such. Durable on return.
+
+        Raises StoreError, and ConfigError where the app cannot be without them.
+        """
+        async with self._busy:
+            self._refuse_configured(name)
+            former = self._stored.get(name)
+            if former is None or gone not in _ids(former):
+                return False
+            content = without_credentials(former, gone)
+            if not content.credentials:
+                raise ConfigError(f"{gone} is all that the app {name!r} has: remove the app, or add others first")
+            await self._keep(name, await asyncio.to_thread(self._build, name, content, "", stored=True))
+            return True
+
+    async def _keep(self, name: str, entry: Entry) -> None:
+        """Have a stored app be this, on disk and at once."""
+        assert self._store is not None
+        assert self._vault is not None
+        await self._store.save_app(name, self._vault.seal(sealed_name(name), _encode(entry.content)))
+        self._stored[name] = entry
+        self._swap()
 
     async def remove(self, name: str) -> bool:
         """Forget a stored app; whether there was one. Raises ConfigError, StoreError."""
@@ -336,6 +378,15 @@ def _stamp(path: Path) -> _Stamp:
     except OSError:
         return None
     return (found.st_ctime_ns, found.st_ino, found.st_size)
+
+
+def _ids(entry: Entry) -> set[str]:
+    return {credential_id(access.credentials) for access in entry.app.access}
+
+
+def _ended(found: Credentials) -> ConfigError:
+    assert isinstance(found, ClientCertificate)
+    return ConfigError(f"{_told(found)}: make a new one in the developer account, and give that")
 
 
 def _told(certificate: ClientCertificate) -> str:

@@ -1,6 +1,7 @@
 """The HTTP API's other half: which apps there are, with what credentials, and apps that come and go without a restart.
 
-No answer shows a secret. What the configuration names is shown like the rest, and changed in its file only.
+No answer shows a secret. What the configuration names is shown like the rest, and changed in its file only. A caller
+whose API key is for some apps hears of no other.
 """
 
 from __future__ import annotations
@@ -8,11 +9,13 @@ from __future__ import annotations
 import binascii
 from base64 import b64decode
 from collections.abc import Mapping
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 from msgspec import Struct
 
+from heliograph.complaints import closest, dissect, shown
 from heliograph.config import (
     AppContent,
     AppSettings,
@@ -20,16 +23,23 @@ from heliograph.config import (
     CredentialSettings,
     Environments,
     Port,
+    check_credentials,
     check_proxy,
 )
-from heliograph.doors.api import Handlers, Read
-from heliograph.doors.exchange import Answer, Exchange, Problem, closest, dissect, shown
+from heliograph.doors.answers import Removed
+from heliograph.doors.api import Call, Route, Routes
+from heliograph.doors.exchange import Answer, Problem
+from heliograph.doors.queries import app_not_allowed, replaced
 from heliograph.errors import ConfigError
+from heliograph.model import Scope
 
 PATH = "/v1/apps"
 
 MAX_BODY_BYTES = 512 * 1024
 """Octets of a request's body, at most; an app is a few files of a few kilobytes."""
+
+_NAME = PATH.count("/") + 1
+"""Where in the path an app's name is."""
 
 _encode = msgspec.json.encode
 
@@ -54,69 +64,111 @@ class Apps(Protocol):
         """Whether there was one. Raises ConfigError, StoreError."""
         ...
 
+    async def add_credentials(self, name: str, given: CredentialContent, instead_of: str | None) -> str | None:
+        """Their id; None: there is no such app, or it has none with the id `instead_of`.
 
-class _Credentials(Struct, forbid_unknown_fields=True):
+        Raises ConfigError, StoreError.
+        """
+        ...
+
+    async def remove_credentials(self, name: str, gone: str) -> bool:
+        """Whether there were such. Raises StoreError, and ConfigError where the app cannot be without them."""
+        ...
+
+
+class NewCredentials(Struct, forbid_unknown_fields=True):
     """A member of `credentials`. Null is the same as nothing."""
 
     key: str | None = None
+    """A signing key: the contents of the .p8 file."""
     key_id: str | None = None
+    """Its id, where the name of the file does not tell it: the 10 characters that the developer account shows."""
     team_id: str | None = None
+    """The 10 characters that the developer account shows as Team ID."""
     certificate: str | None = None
+    """In place of a key: a client certificate, as PEM, or a .p12 or .cer file as base64."""
     certificate_key: str | None = None
+    """The certificate's key, where it is a file of its own."""
     passphrase: str | None = None
+    """What opens the key or the certificate."""
     environment: Environments | None = None
+    """Which environments it is used for. Default: both with a key; with a certificate those that it is good for."""
 
     def __repr__(self) -> str:
         return "<what a caller has an app made of>"
 
 
-class _Put(_Credentials):
+class NewApp(NewCredentials):
     """The body of a PUT: what `[apps.NAME]` has, with contents in place of files."""
 
     topic: str | None = None
+    """The bundle id. A certificate names it itself."""
     topics: tuple[str, ...] | None = None
-    credentials: tuple[_Credentials, ...] | None = None
+    """Several bundle ids."""
+    credentials: tuple[NewCredentials, ...] | None = None
+    """Several keys and certificates."""
     host: str | None = None
+    """Send there in place of Apple."""
     port: Port | None = None
+    """Of that host. Default: 443."""
     ca: str | None = None
+    """The certificates to trust there, as PEM."""
     proxy: str | None = None
+    """An HTTP proxy to go through, as `http://HOST:PORT`."""
 
 
-_decode = msgspec.json.Decoder(_Put).decode
+_T = TypeVar("_T", bound=NewCredentials)
 
 
-class AppsDoor:
-    """The door."""
+class AppsPart:
+    """The part of the API."""
 
     def __init__(self, apps: Apps) -> None:
         self._apps = apps
-        self._of_all: Handlers = {"GET": self._list, "HEAD": self._list}
-        self._of_one: Handlers = {"GET": self._get, "HEAD": self._get, "PUT": self._put, "DELETE": self._delete}
+        manage = frozenset({Scope.MANAGE})
+        get_all, get = Route(self._list, manage), Route(self._get, manage)
+        self._of_all: Routes = {"GET": get_all, "HEAD": get_all}
+        self._of_one: Routes = {
+            "GET": get,
+            "HEAD": get,
+            "PUT": Route(self._put, manage),
+            "DELETE": Route(self._delete, manage),
+        }
+        self._of_credentials: Routes = {"POST": Route(self._post_credentials, manage)}
+        self._of_one_of_them: Routes = {"DELETE": Route(self._delete_credentials, manage)}
 
-    def find(self, path: str) -> Handlers | None:
-        """The handlers of a path by method; None where it is not of this door. Whether callers may, is asked before."""
+    def find(self, path: str) -> Routes | None:
+        """As `Part` has it."""
         if path == PATH:
             return self._of_all
-        start, _, name = path.rpartition("/")
-        return self._of_one if start == PATH and name else None
+        if not path.startswith(f"{PATH}/"):
+            return None
+        match path.split("/")[_NAME:]:
+            case [name] if name:
+                return self._of_one
+            case [name, "credentials"] if name:
+                return self._of_credentials
+            case [name, "credentials", each] if name and each:
+                return self._of_one_of_them
+        return None
 
-    async def _list(self, _: Exchange, __: Read) -> Answer:
-        return Answer(200, _encode({"apps": [self._apps.show(name) for name in sorted(self._apps.apps)]}))
+    async def _list(self, call: Call) -> Answer:
+        return Answer(200, _encode({"apps": [self._apps.show(name) for name in self._names(call)]}))
 
-    async def _get(self, exchange: Exchange, _: Read) -> Answer:
-        name = _name(exchange)
+    async def _get(self, call: Call) -> Answer:
+        name = _name(call)
         shown = self._apps.show(name)
         if shown is None:
-            raise self._unknown(name)
+            raise self._unknown(call, name)
         return Answer(200, _encode(shown))
 
-    async def _put(self, exchange: Exchange, read: Read) -> Answer:
-        self._refuse_configured(_name(exchange))
-        return await read(exchange, self._put_that, MAX_BODY_BYTES)
+    async def _put(self, call: Call) -> Answer:
+        name = _name(call)
+        self._refuse_configured(name)
+        return await call.read(partial(self._put_that, name), MAX_BODY_BYTES)
 
-    async def _put_that(self, exchange: Exchange, body: bytes) -> Answer:
-        name = _name(exchange)
-        content = _content(_parse(body))
+    async def _put_that(self, name: str, body: bytes) -> Answer:
+        content = _content(_parse(body, NewApp))
         try:
             is_new = await self._apps.put(name, content)
         except ConfigError as error:
@@ -124,41 +176,90 @@ class AppsDoor:
         where = ((b"location", f"{PATH}/{name}".encode()),)
         return Answer(201 if is_new else 200, _encode(self._apps.show(name)), where)
 
-    async def _delete(self, exchange: Exchange, _: Read) -> Answer:
-        name = _name(exchange)
+    async def _delete(self, call: Call) -> Answer:
+        name = _name(call)
         self._refuse_configured(name)
         if not await self._apps.remove(name):
-            raise self._unknown(name)
-        return Answer(200, _encode({"removed": name}))
+            raise self._unknown(call, name)
+        return Answer(200, _encode(Removed(name)))
+
+    async def _post_credentials(self, call: Call) -> Answer:
+        name = _name(call)
+        self._refuse_configured(name)
+        if self._apps.show(name) is None:
+            raise self._unknown(call, name)
+        return await call.read(partial(self._post_those, call), MAX_BODY_BYTES)
+
+    async def _post_those(self, call: Call, body: bytes) -> Answer:
+        name, instead_of = _name(call), replaced(call.exchange)
+        given = CredentialSettings(**_given(_parse(body, NewCredentials)))
+        try:
+            check_credentials(given)
+        except ValueError as error:
+            raise Problem(400, "BadApp", f"What was sent {error}.") from None
+        try:
+            added = await self._apps.add_credentials(name, _credentials(given), instead_of)
+        except ConfigError as error:
+            raise Problem(400, "BadApp", f"{error}.") from None
+        if added is None:
+            raise self._unknown_credentials(call, instead_of or "")
+        where = ((b"location", f"{PATH}/{name}/credentials/{added}".encode()),)
+        return Answer(201, _encode(self._apps.show(name)), where)
+
+    async def _delete_credentials(self, call: Call) -> Answer:
+        name, gone = _name(call), call.exchange.path.rpartition("/")[2]
+        self._refuse_configured(name)
+        try:
+            if not await self._apps.remove_credentials(name, gone):
+                raise self._unknown_credentials(call, gone)
+        except ConfigError as error:
+            raise Problem(409, "CredentialNeeded", f"{error}.") from None
+        return Answer(200, _encode(Removed(gone)))
+
+    def _unknown_credentials(self, call: Call, wanted: str) -> Problem:
+        name = _name(call)
+        app = self._apps.show(name)
+        if app is None:
+            return self._unknown(call, name)
+        known = ", ".join(each["id"] for each in app["credentials"])
+        text = f"The app {name!r} has no credentials with the id {shown(wanted)!r}. Known ids: {known}."
+        return Problem(404, "UnknownCredential", text)
 
     def _refuse_configured(self, name: str) -> None:
         if self._apps.is_configured(name):
             text = f"The app {name!r} is in the server's configuration file: change it there, then send SIGHUP."
             raise Problem(409, "ConfiguredApp", text)
 
-    def _unknown(self, name: str) -> Problem:
-        known = ", ".join(sorted(self._apps.apps)) or "none"
+    def _names(self, call: Call) -> list[str]:
+        return sorted(filter(call.caller.may_use, self._apps.apps))
+
+    def _unknown(self, call: Call, name: str) -> Problem:
+        known = ", ".join(self._names(call)) or "none"
         return Problem(404, "UnknownApp", f"There is no app {name!r}. Known apps: {known}.")
 
 
-def _name(exchange: Exchange) -> str:
-    return exchange.path.rpartition("/")[2]
+def _name(call: Call) -> str:
+    """The app that the path names. Raises Problem."""
+    name = call.exchange.path.split("/")[_NAME]
+    if not call.caller.may_use(name):
+        raise app_not_allowed(name)
+    return name
 
 
-def _parse(body: bytes) -> _Put:
+def _parse(body: bytes, kind: type[_T]) -> _T:
     try:
-        return _decode(body)
+        return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
-        raise _invalid(error) from None
+        raise _invalid(error, kind) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise Problem(400, "InvalidJson", "The body is not JSON in UTF-8: send a JSON object.") from None
 
 
-def _invalid(error: msgspec.ValidationError) -> Problem:
+def _invalid(error: msgspec.ValidationError, kind: type[NewCredentials]) -> Problem:
     """The words of msgspec in ours, which never repeat a value."""
     dislike = dissect(error)
     if dislike.unknown is not None:
-        known = (_Credentials if dislike.place else _Put).__struct_fields__
+        known = (NewCredentials if dislike.place else kind).__struct_fields__
         close = closest(dislike.unknown, known)
         hint = f"Did you mean {close}?" if close else f"Known here are {', '.join(known)}."
         return Problem(400, "UnknownField", f"There is no field {shown(dislike.unknown)!r} here. {hint}")
@@ -169,7 +270,7 @@ def _invalid(error: msgspec.ValidationError) -> Problem:
     return Problem(400, "BadType", f"{field}: {plain[:1].lower()}{plain[1:]}.")
 
 
-def _content(put: _Put) -> AppContent:
+def _content(put: NewApp) -> AppContent:
     """What the app is made of. Raises Problem."""
     try:
         # As for a file; what is a reference there is the contents here.
@@ -196,7 +297,7 @@ def _content(put: _Put) -> AppContent:
     )
 
 
-def _given(put: _Credentials) -> dict[str, Any]:
+def _given(put: NewCredentials) -> dict[str, Any]:
     return {name: getattr(put, name) for name in CredentialSettings.__struct_fields__}
 
 

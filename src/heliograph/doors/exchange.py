@@ -10,13 +10,14 @@ Problems are told as problem+json (RFC 9457), `errors` beside it with one entry 
 from __future__ import annotations
 
 import asyncio
-import re
-from collections.abc import Callable, Iterable, Sequence
-from difflib import get_close_matches
+import math
+from collections.abc import Callable, Sequence
 
 import msgspec
-from msgspec import Struct
+from msgspec import UNSET, Struct, UnsetType
 from starlette.types import Receive, Scope, Send
+
+from heliograph.doors import problems
 
 MAX_BODY_BYTES = 8 * 1024 * 1024
 """Octets of a request's body, at most."""
@@ -30,21 +31,37 @@ _SHORT_S = 0.25
 _LINGER_S = 5.0
 """How long, at most, what comes after an answer is thrown away."""
 
-_SHOWN = 64
-"""Characters of a caller's own word that an answer repeats."""
-
 _encode = msgspec.json.encode
-_word = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 
 
 class ErrorItem(Struct, omit_defaults=True):
     """One thing that is wrong."""
 
     code: str
+    """A word of `/docs/errors`."""
     detail: str
+    """What is wrong, and what to do."""
     index: int | None = None
-    """Its place in the caller's list."""
+    """Its place in the list that was sent, from 0; not there where no list was."""
     field: str | None = None
+    """The field at fault, such as `sound.volume`."""
+
+
+class ProblemBody(Struct):
+    """What is wrong, and what to do (RFC 9457)."""
+
+    type: str
+    """Where the code is explained."""
+    title: str
+    """The code in words."""
+    status: int
+    """The HTTP status."""
+    detail: str
+    """What is wrong here, and what to do."""
+    code: str
+    """A word of `/docs/errors`, which stays."""
+    errors: Sequence[ErrorItem] | UnsetType = UNSET
+    """One entry for each thing that is wrong in what was sent, the first 100; not always there."""
 
 
 class Problem(Exception):
@@ -67,16 +84,9 @@ class Problem(Exception):
         self.headers = headers
 
     def answer(self) -> Answer:
-        body = {
-            "type": f"/docs/errors#{_word.sub('-', self.code).lower()}",
-            "title": _word.sub(" ", self.code).capitalize(),
-            "status": self.status,
-            "detail": self.detail,
-            "code": self.code,
-        }
-        if self.errors:
-            body["errors"] = self.errors
-        return Answer(self.status, _encode(body), self.headers, b"application/problem+json")
+        where = f"/docs/errors#{problems.slug(self.code)}"
+        body = ProblemBody(where, problems.title(self.code), self.status, self.detail, self.code, self.errors or UNSET)
+        return Answer(self.status, _encode(body), self.headers, b"application/problem+json", self.code)
 
 
 class Answer(Struct):
@@ -86,6 +96,8 @@ class Answer(Struct):
     body: bytes
     headers: Sequence[tuple[bytes, bytes]] = ()
     content_type: bytes = b"application/json"
+    code: str = ""
+    """Of the problem that it tells of."""
 
 
 class Gone(Exception):
@@ -95,7 +107,7 @@ class Gone(Exception):
 class Exchange:
     """A request, and the way to answer it."""
 
-    __slots__ = ("_receive", "_send", "_whole", "announced", "headers", "method", "path", "query")
+    __slots__ = ("_receive", "_send", "_whole", "announced", "answered", "headers", "method", "path", "query")
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.method: str = scope["method"]
@@ -105,6 +117,8 @@ class Exchange:
         """Names in lower case; of those that come twice, the last."""
         self.announced = self._read_announced()
         """Octets of the body, as the caller says; None: it does not say, and they come in chunks."""
+        self.answered: Answer | None = None
+        """What went back."""
         self._receive = receive
         self._send = send
         self._whole = self.announced == 0
@@ -165,6 +179,7 @@ class Exchange:
 
     async def answer(self, answer: Answer) -> None:
         """Send it. Returns when there is nothing more to do for the request."""
+        self.answered = answer
         headers = [
             (b"content-length", b"%d" % len(answer.body)),
             (b"content-type", answer.content_type),
@@ -207,48 +222,6 @@ def _too_long(most: int) -> Problem:
     return Problem(413, "RequestTooLarge", text)
 
 
-# -- what a typed decode disliked ------------------------------------------------------------------------------------
-
-_UNKNOWN = "Object contains unknown field `"
-_AT = " - at `$"
-_PLACE_CHARS = 200
-"""No place in a body of ours is longer."""
-_is_place = re.compile(r"[a-z0-9_.\[\]]*").fullmatch
-
-
-class Dislike(Struct, frozen=True):
-    """A complaint of msgspec in its parts."""
-
-    words: str
-    """Empty for an unknown field. They hold a value of the caller's for an enum, and never otherwise."""
-    place: str
-    """Such as `notifications[0].sound`; empty: the whole."""
-    unknown: str | None = None
-    """The name of a field that there is not; its beginning where it is long."""
-
-
-def dissect(error: msgspec.ValidationError) -> Dislike:
-    """In time and memory that hardly grow with what the caller named."""
-    text = str(error)
-    if text.startswith(_UNKNOWN):
-        # First of all, as a name may look like anything, and like a place behind it too.
-        begin = len(_UNKNOWN)
-        end = text.rfind("`" + _AT, max(begin, len(text) - _PLACE_CHARS))
-        place = text[end + 1 + len(_AT) : -1]
-        if end < 0 or not _is_place(place):
-            end, place = len(text) - 1, ""
-        return Dislike("", place.removeprefix(".")[:_SHOWN], text[begin : min(end, begin + _SHOWN + 1)])
-    words, at, place = text.rpartition(_AT)
-    if not at:
-        return Dislike(text, "")
-    return Dislike(words, place.removesuffix("`").removeprefix(".")[:_SHOWN])
-
-
-def closest(name: str, known: Iterable[str]) -> str | None:
-    """Which of the known names may have been meant."""
-    return next(iter(get_close_matches(name[:_SHOWN].lower(), list(known), n=1)), None)
-
-
-def shown(name: str) -> str:
-    """A word of the caller's as an answer repeats it."""
-    return name if len(name) <= _SHOWN else f"{name[: _SHOWN - 3]}..."
+def retry_after(seconds: float) -> tuple[tuple[bytes, bytes]]:
+    """The header that says when to come again."""
+    return ((b"retry-after", b"%d" % math.ceil(seconds)),)

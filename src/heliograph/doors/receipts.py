@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import lru_cache
 
 from msgspec import Struct
 
 from heliograph import reasons
-from heliograph.model import MAX_BATCH, Batch, Receipt, State
+from heliograph.model import MAX_BATCH, Receipt, State
+from heliograph.reasons import FollowUp
 
 PLACES = [f"{place:04x}" for place in range(1, MAX_BATCH + 1)]
 """The last four digits of the ids in a batch (see `model.Batch.id`)."""
@@ -18,64 +19,143 @@ class ReceiptBody(Struct):
     """A receipt as JSON. Times are RFC 3339, in UTC."""
 
     id: str
+    """The notification's id."""
     app: str
+    """The app that it is for."""
+    environment: str | None
+    """Where it is sent to."""
+    topic: str | None
+    """As Apple got it. This and the next five are null where they can be read no more."""
+    push_type: str | None
+    """As Apple got it."""
+    token: str | None
+    """The device token."""
+    collapse_id: str | None
+    """As Apple got it: the notification's own id where nobody gave one."""
+    expiration: int | None
+    """UNIX seconds, as they were sent; 0: tried once."""
     state: str
+    """What became of it."""
+    cancelling: bool
+    """It is being sent, and cancelled if Apple does not take it this time."""
     reason: str | None
+    """Apple's word, or ours where Apple said nothing. `/docs/errors` has all of them."""
     status: int | None
+    """The HTTP status of Apple's answer."""
     meaning: str
+    """What state and reason mean, and what to do, in a sentence."""
     created_at: str
+    """When it was taken."""
     updated_at: str | None
+    """When its state was last set; null: nothing has happened."""
     attempts: int
+    """How often it was sent."""
     next_attempt_at: str | None
+    """When it is sent again."""
+    unregistered_at: str | None
+    """With 410: when Apple learnt that the device token is dead."""
     unique_id: str | None
-
-
-def ids_body(batches: Sequence[Batch]) -> bytes:
-    """All ids as JSON, in order; ids need no escaping."""
-    between = '","'
-    parts = [each.id + (between + each.id).join(PLACES[: len(each)]) for each in batches]
-    return ('{"ids":["' + between.join(parts) + '"]}').encode()
+    """Apple's `apns-unique-id`, by which its Push Notifications Console finds it; from the development environment
+    only."""
 
 
 def receipt_body(receipt: Receipt) -> ReceiptBody:
+    since = receipt.since
     return ReceiptBody(
         receipt.id,
         receipt.app,
-        receipt.state.name.lower(),
+        receipt.environment,
+        receipt.topic,
+        receipt.push_type,
+        None if receipt.token is None else str(receipt.token),  # msgspec encodes no subclasses
+        receipt.collapse_id,
+        receipt.expiration,
+        STATES[receipt.state],
+        receipt.cancelling,
         receipt.reason,
         200 if receipt.state is State.ACCEPTED else receipt.status,
-        _meaning(receipt),
+        meaning(receipt),
         _rfc3339(receipt.created_at),
         None if receipt.updated_at is None else _rfc3339(receipt.updated_at),
         receipt.attempts,
         None if receipt.next_attempt_at is None else _rfc3339(receipt.next_attempt_at),
+        None if since is None else _rfc3339(min(max(since, 0), _LAST_MS) / 1000),
         receipt.unique_id,
     )
 
 
+STATES = {state: state.name.lower() for state in State}
+"""Their names in JSON."""
+
+_LAST_MS = 253_402_300_799_999
+"""The last millisecond that RFC 3339 can write; what Apple sends is not ours to trust."""
+
 _MEANINGS = {
     State.QUEUED: "It is waiting to be sent.",
-    State.SENT: "It is being sent, once only as asked for, and Apple has not answered yet.",
-    State.ACCEPTED: "Apple took it. Whether it reached the device, nobody is told.",
+    State.SENT: "It is being sent, once only as asked for, and Apple has not answered yet: ask again in a moment.",
+    State.ACCEPTED: "Apple took it. Whether it reached the device, nobody is told: there is nothing more to do.",
     State.REJECTED: "Apple said no for good.",
-    State.EXPIRED: "Its expiration passed before Apple took it, so it is not sent any more.",
-    State.CANCELLED: "It was cancelled before it was sent.",
-    State.BURIED: "It was given up on, as its time was over. It is kept, and can be replayed.",
-    State.UNKNOWN: "It was sent once, as asked for, and the answer never came.",
+    State.EXPIRED: "Its expiration passed before Apple took it: send it anew if it still matters.",
+    State.CANCELLED: "It was cancelled before Apple took it: send it anew if it should be sent after all.",
+    State.BURIED: "It was given up on, as Apple did not take it in time. POST /v1/buried/replay has it sent again.",
+    State.UNKNOWN: "It was sent and the answer never came, so Apple may have taken it or not. It is not sent again, "
+    "as was asked for, or as it was cancelled meanwhile: send it anew if twice is better than never.",
 }
 
+_CANCELLING = (
+    "It was cancelled while it was being sent: if Apple does not take it this time, it is not tried again. "
+    "Ask again in a moment."
+)
+_UNREADABLE = {
+    State.BURIED: "The store is damaged where it was, so it cannot be read, sent or replayed: send it anew.",
+    State.UNKNOWN: "The store is damaged where it was, so it cannot be read, and it may have been sent before: send it "
+    "anew if twice is better than never.",
+}
+_TO_DO = (FollowUp.FIX_CREDENTIALS, FollowUp.FIX_REQUEST, FollowUp.RENEW_PROVIDER_TOKEN)
+"""What time alone does not cure: there is something to do, also where we have stopped trying."""
 
-def _meaning(receipt: Receipt) -> str:
-    """One sentence or two: what the state and the reason mean, and what to do."""
-    meaning = _MEANINGS[receipt.state]
-    if receipt.state is State.ACCEPTED or receipt.reason in (None, "TooLate"):
-        return meaning
-    if receipt.status is not None and receipt.state in (State.BURIED, State.EXPIRED):
-        return f"{meaning} Apple's last answer was {receipt.status} {receipt.reason}."
-    if receipt.status is not None:
-        return f"{meaning} {reasons.find(receipt.reason, receipt.status).meaning}"
-    return f"{meaning} The last try failed: {receipt.why or receipt.reason}."
+
+def meaning(receipt: Receipt) -> str:
+    """What the state and the reason mean, and what to do, in plain sentences."""
+    state, reason, status = receipt.state, receipt.reason, receipt.status
+    said = _MEANINGS[state]
+    known = None if reason is None or status is None else reasons.find(reason, status)
+    match state:
+        case State.REJECTED:
+            return f"{said} {reasons.find(reason, status).meaning}"
+        case State.QUEUED if receipt.cancelling:
+            return _CANCELLING
+        case State.QUEUED if reason is None:
+            return f"{said} There is nothing to do."
+        case State.QUEUED if known is not None:
+            return f"{said} {known.meaning}"
+        case State.QUEUED:
+            return f"{said} {_failed(receipt)} It is tried again by itself."
+        case State.BURIED | State.UNKNOWN if reason == UNREADABLE:
+            return _UNREADABLE[state]
+        case State.SENT | State.ACCEPTED | State.UNKNOWN:
+            return said
+    if known is not None:
+        advice = f" {known.meaning}" if known.follow_up in _TO_DO else ""
+        return f"{said} Apple's last answer was {status} {reason}.{advice}"
+    return said if reason in (None, "TooLate") else f"{said} {_failed(receipt)}"
+
+
+UNREADABLE = "Unreadable"
+"""The reason of what cannot be read, as the store has it."""
+
+
+def _failed(receipt: Receipt) -> str:
+    why = receipt.why or "no answer came"
+    return f"The last try failed: {why.rstrip('.')}."
 
 
 def _rfc3339(at: float) -> str:
-    return datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    second, microseconds = divmod(round(at * 1_000_000), 1_000_000)
+    return f"{_second(second)}.{microseconds // 1000:03}Z"
+
+
+@lru_cache
+def _second(at: int) -> str:
+    """Up to the second. Those of a page are few, and `datetime` would take half of the time that its answer takes."""
+    return datetime.fromtimestamp(at, UTC).isoformat().removesuffix("+00:00")

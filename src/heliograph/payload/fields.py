@@ -22,6 +22,7 @@ class Localized(Struct, frozen=True, forbid_unknown_fields=True):
     """A text that the device looks up in the app's own language files."""
 
     loc_key: str
+    """The text's key in the app's language files."""
     loc_args: Sequence[str] = ()
     """What the device puts in place of `%@` in it, in order."""
 
@@ -32,8 +33,9 @@ class CriticalSound(Struct, frozen=True, forbid_unknown_fields=True):
     name: str = "default"
     """A file of the app, or `default`."""
     volume: float | None = None
-    """Within 0 (silent) and 1; None: as the device has it."""
+    """Within 0 (silent) and 1; without it as the device has it."""
     critical: bool = True
+    """False: it is a sound like others, with a volume."""
 
 
 class LiveActivity(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -52,6 +54,7 @@ class LiveActivity(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     attributes_type: str | None = None
     """With `start`: the name of the app's type that `attributes` are decoded as."""
     attributes: Mapping[str, Any] | None = None
+    """With `start`: what it starts from, as the app decodes it."""
     input_push_token: bool = False
     """With `start`: have the device make a token to send updates to."""
     input_push_channel: str | None = None

@@ -7,14 +7,19 @@ in this order: record outcomes and removals in the store, then finish leases. Ea
 between two of them repeats work and loses none. What is to be sent at most once is the exception: it is written down
 as sent before it is, and whoever finds it like that later does not send it.
 
+`cancel` has notifications not sent any more, wherever they wait: in the store, for their next try, in the carrier. What
+is on the wire is written down as not to be sent again.
+
 `send` carries one notification at once, in this process, for callers who wait and keep the responsibility.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import structlog
@@ -29,20 +34,23 @@ from heliograph.model import (
     App,
     Batch,
     Environment,
+    Filter,
     Headers,
     Lane,
     Lease,
     LeaseEnd,
     NotProcessed,
+    Once,
     Outcome,
     Outcomes,
+    Page,
     Quarantine,
     Receipt,
     Removal,
     State,
 )
 from heliograph.ports import Carrier, Queue, Store
-from heliograph.relay.progress import LaneState, Moment, Progress
+from heliograph.relay.progress import LaneState, Moment, Progress, counting
 from heliograph.relay.sends import Sends, resolve
 from heliograph.telemetry import Telemetry
 
@@ -56,14 +64,28 @@ _SETTLE_S = 0.005
 """Pause between two rounds of settling: what is learnt meanwhile shares a write."""
 _STORE_PAUSE_S = 1.0
 """Pause after the store failed; what was learnt is kept meanwhile."""
+_CANCEL_S = 10.0
+"""How long it may take until it is on record that something is cancelled."""
 _NOT_ENDED = (State.QUEUED, State.SENT)
 
 
 class Admitted(Struct, frozen=True):
-    """What admission made of a request: batches, or what is wrong with it. All or nothing."""
+    """What admission made of a request."""
 
     batches: tuple[Batch, ...]
+    """Without what is refused, in order."""
     refused: tuple[Refused, ...]
+    """In the order of their places."""
+
+
+class StoreFailure(Struct, frozen=True):
+    """The store fails."""
+
+    since: float
+    """UNIX seconds, as the next."""
+    seen_at: float
+    """When it failed last."""
+    why: str
 
 
 class Relay:
@@ -94,6 +116,10 @@ class Relay:
         self._ended: list[LeaseEnd] = []
         """Ends of leases all of whose outcomes are recorded."""
         self._news = asyncio.Event()
+        self._awaited: list[asyncio.Future[None]] = []
+        """Who wants to know that what is learnt by now is recorded."""
+        self._held: dict[str, Progress] = {}
+        """What is leased, by batch, until the end of the lease is certain."""
         self._waiters: dict[str, set[asyncio.Event]] = {}
         self._lanes: dict[Lane, LaneState] = {}
         self._in_hand = 0
@@ -107,6 +133,8 @@ class Relay:
         self._cautious: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
         self._sends = Sends()
+        self.store_failure: StoreFailure | None = None
+        """None once it has worked again."""
 
     # -- admission -----------------------------------------------------------------------------------------------
 
@@ -117,11 +145,14 @@ class Relay:
         headers: Sequence[Headers],
         tokens: Sequence[str],
         payloads: Sequence[bytes],
+        *,
+        partial: bool = False,
     ) -> Admitted:
         """Turn columns into batches, or say what is wrong with each entry that cannot succeed.
 
         `headers` and `payloads` have one entry for all or one each. An empty topic means the app's only one;
-        `environment` None means the app's only one. Raises Refused for what concerns all of it.
+        `environment` None means the app's only one. All or nothing, unless `partial`: then batches of what is good.
+        Raises Refused for what concerns all of it.
         """
         app = self._apps.get(app_name)
         if app is None:
@@ -130,29 +161,36 @@ class Relay:
         environment = admission.choose_environment(app, environment)
         now = self._clock()
         checked = admission.check(app, environment, now, headers, tokens, payloads)
-        refused = checked.refused
         held = await self._store.held_among(app_name, environment, checked.tokens)
         if held:
-            refused += admission.refuse_held(checked.tokens, held)
+            checked.refused.extend(admission.refuse_held(checked.tokens, held))
+        refused = tuple(sorted(checked.refused, key=lambda each: each.index or 0))
         if refused:
-            return Admitted((), tuple(sorted(refused, key=lambda each: each.index or 0)))
-        batches = make_batches(self._new_id, app_name, environment, now, checked.headers, checked.tokens, payloads)
-        return Admitted(tuple(batches), ())
+            for each in refused:
+                self._telemetry.refused(app_name, each.reason)
+            if not partial:
+                return Admitted((), refused)
+            checked = admission.leave_out(checked)
+        new_id = functools.partial(_new_id, now)  # ids are looked for by the time that receipts tell
+        batches = make_batches(new_id, app_name, environment, now, checked.headers, checked.tokens, checked.payloads)
+        return Admitted(tuple(batches), refused)
 
     def _now(self) -> Moment:
         return Moment(self._clock(), self._started_at + self._monotonic())
 
-    def _new_id(self) -> str:
-        return new_batch_id(self._clock(), os.urandom(8))
-
     # -- enqueue, and what became of it --------------------------------------------------------------------------
 
-    async def enqueue(self, batches: Sequence[Batch]) -> None:
-        """Durable on return, all or nothing. Raises Overloaded, StoreError."""
+    async def enqueue(self, batches: Sequence[Batch], once: Once | None = None) -> None:
+        """Durable on return, all or nothing, and `once` with it. Raises Overloaded, Repeated, StoreError."""
         lane = batches[0].app, batches[0].environment
         # Where nothing waits in front of it, it goes on from here, and not through another turn of the store.
         at_once = self._idle and self._recording.is_set() and self._in_hand < _IN_HAND and lane not in self._full
-        leases = await self._queue.put(batches, lease=at_once)
+        try:
+            leases = await self._queue.put(batches, lease=at_once, once=once)
+        except StoreError as error:
+            self._note_failure(error)
+            raise
+        self._note_success()
         self._telemetry.taken(batches[0].app, sum(map(len, batches)))
         crash.point("taken")
         self._begin_all(leases)
@@ -162,13 +200,31 @@ class Relay:
         """How many more notifications `enqueue` would take."""
         return self._queue.room
 
-    async def buried(self, app: str | None, before: str | None, limit: int) -> Sequence[Receipt]:
-        """What was given up on, newest first: of one app or of all, and before the one with the id `before`."""
-        return await self._store.find_buried(app, before, limit)
+    async def find_once(self, key: bytes) -> Once | None:
+        """What was enqueued once under this key, while that is kept."""
+        return await self._store.find_once(key)
 
-    async def replay(self, ids: Sequence[str]) -> Sequence[str]:
-        """Have buried notifications sent again, under the same ids; which of these that are."""
+    async def buried(self, apps: Collection[str] | None, before: str | None, limit: int) -> Sequence[Receipt]:
+        """What was given up on, newest first: of these apps or of all, and before the one with the id `before`."""
+        return await self._store.find_buried(apps, before, limit)
+
+    async def replay(self, ids: Sequence[str], apps: Collection[str] | None = None) -> Sequence[str]:
+        """Have buried notifications, of these apps or of all, sent again, under the same ids; which of these that are.
+
+        Durable on return. Raises StoreError.
+        """
+        if apps is not None:
+            ids = [each.id for each in await self._find(ids, apps) if each is not None]
         return await self._store.replay(ids)
+
+    async def notifications(self, wanted: Filter, before: str | None, limit: int) -> Page:
+        """As `Store.find_notifications`. Raises StoreError, and ValueError if `before` is no id."""
+        return await self._store.find_notifications(wanted, before, limit)
+
+    async def _find(self, ids: Sequence[str], apps: Collection[str] | None) -> Sequence[Receipt | None]:
+        """The receipts; None where no such notification was taken for these apps."""
+        found = await self._store.find_receipts(ids)
+        return found if apps is None else [each if each is None or each.app in apps else None for each in found]
 
     async def receipts(self, ids: Sequence[str]) -> Sequence[Receipt | None]:
         """The last known state of each; None where no such notification was taken."""
@@ -186,9 +242,10 @@ class Relay:
             async with asyncio.timeout(timeout_s):
                 while True:
                     changed.clear()
-                    (found,) = await self._store.find_receipts([notification_id])
-                    if found is None or found.state not in _NOT_ENDED:
-                        return found
+                    if not self._is_open(*place):
+                        (found,) = await self._store.find_receipts([notification_id])
+                        if found is None or found.state not in _NOT_ENDED:
+                            return found
                     await changed.wait()
         except TimeoutError:
             (found,) = await self._store.find_receipts([notification_id])
@@ -197,6 +254,60 @@ class Relay:
             waiters.discard(changed)
             if not waiters:
                 self._waiters.pop(place[0], None)
+
+    def _is_open(self, batch_id: str, index: int) -> bool:
+        """It is in our hands and has not ended: there is nothing to be read of it."""
+        progress = self._held.get(batch_id)
+        return progress is not None and index < len(progress.states) and progress.states[index] in _NOT_ENDED
+
+    # -- cancel --------------------------------------------------------------------------------------------------
+
+    async def cancel(self, ids: Sequence[str], apps: Collection[str] | None = None) -> Sequence[Receipt | None]:
+        """Have these not sent any more; what is on record of each then, or None where these apps have no such one.
+
+        What waited is cancelled. What is being sent is cancelled if Apple does not take it this time (`cancelling`).
+        Everything else is left as it was: it was too late. Raises StoreError.
+        """
+        try:
+            async with asyncio.timeout(_CANCEL_S):
+                while True:
+                    found = await self._find(ids, apps)
+                    waiting = {each.id: each for each in found if each is not None and _may_be_sent(each)}
+                    if not waiting:
+                        return found
+                    await self._cancel(waiting)
+        except TimeoutError:
+            text = "It could not be written down in time that these are cancelled: try again."
+            raise StoreError(text) from None
+
+    async def _cancel(self, waiting: Mapping[str, Receipt]) -> None:
+        """Try once. It may be in vain for a batch that is being leased, or whose lease is ending, at this moment."""
+        places: dict[str, list[int]] = {}
+        elsewhere: list[str] = []
+        for each in waiting:
+            batch_id, index = each[:-4], int(each[-4:], 16) - 1
+            if batch_id in self._held:
+                places.setdefault(batch_id, []).append(index)
+            else:
+                elsewhere.append(each)
+        now = self._clock()
+        held = {batch_id: self._held[batch_id] for batch_id in places}
+        out = {batch_id: progress.cancel(places[batch_id], now) for batch_id, progress in held.items()}
+        if out := {batch_id: indices for batch_id, indices in out.items() if indices}:
+            self._carrier.withdraw(out)
+        for progress in held.values():
+            self._note(progress)
+        if places:
+            recorded = self._loop.create_future()
+            self._awaited.append(recorded)
+            await recorded
+        cancelled = await self._store.cancel(elsewhere) if elsewhere else ()
+        for each in cancelled:
+            app, environment = waiting[each].app, waiting[each].environment
+            if environment is not None:
+                self._telemetry.lane(app, environment).ended(State.CANCELLED, 1)
+        if not cancelled and not places:
+            await asyncio.sleep(_SETTLE_S)
 
     # -- send ----------------------------------------------------------------------------------------------------
 
@@ -219,13 +330,15 @@ class Relay:
     def _flush_sends(self) -> None:
         sends, self._sends = self._sends, Sends()
         for app, environment, group in sends.groups():
-            made = make_batches(
-                self._new_id, app, environment, self._clock(), group.headers, group.tokens, group.payloads
-            )
+            now = self._clock()
+            new_id = functools.partial(_new_id, now)
+            made = make_batches(new_id, app, environment, now, group.headers, group.tokens, group.payloads)
             start = 0
+            meter = self._telemetry.lane(app, environment)
             for batch in made:
                 stop = start + len(batch)
-                self._carrier.carry(batch, range(len(batch)), resolve(group.futures[start:stop]))
+                tell = resolve(group.futures[start:stop])
+                self._carrier.carry(batch, range(len(batch)), counting(meter, batch, tell))
                 start = stop
 
     # -- work ----------------------------------------------------------------------------------------------------
@@ -242,11 +355,14 @@ class Relay:
             try:
                 leases = await self._take(self._full)
             except StoreError as error:
+                self._note_failure(error)
                 _log.error("cannot_lease", why=str(error))
                 await asyncio.sleep(_STORE_PAUSE_S)
                 continue
             finally:
                 self._idle = False
+            if leases:
+                self._note_success()
             self._begin_all(leases)
 
     async def _take(self, full: frozenset[Lane]) -> Sequence[Lease]:
@@ -278,12 +394,13 @@ class Relay:
         name = lease.batch.app, lease.batch.environment
         lane = self._lanes.get(name)
         if lane is None:
-            lane = self._lanes[name] = LaneState()
-        progress = Progress(lease, lane)
+            lane = self._lanes[name] = LaneState(name, self._telemetry.lane(*name), self._loop.call_later)
+        progress = self._held[lease.batch.id] = Progress(lease, lane)
         moment = self._now()
         indices = progress.due(moment)
         if progress.fresh:
             lane.crowd.sent(len(indices), moment.steady)
+            lane.meter.wait_s.observe(moment.wall - progress.batch.created_at, len(indices))
         if any(each.at_most_once for each in progress.batch.headers):
             once = [index for index in indices if progress.headers(index).at_most_once]
             if once:
@@ -305,6 +422,7 @@ class Relay:
         except StoreError as error:
             _log.error("cannot_record", why=str(error), batches=1)
             progress.set_state(indices, State.QUEUED, self._clock())
+            progress.later.update(indices)
             progress.put_off(self._now().steady + _STORE_PAUSE_S)
             progress.open -= len(indices)
             self._note(progress)
@@ -321,18 +439,18 @@ class Relay:
             progress.open -= len(done)
             self._in_hand -= len(done)
             crash.point("answered")
-            self._telemetry.answered(progress.batch.app, outcome, len(done))
             if outcome is ACCEPTED:
                 progress.set_state(done, State.ACCEPTED, self._clock())
                 progress.forget_trouble(done)
                 progress.lane.count(len(done), 0)
+                progress.lane.prove()
             else:
                 again = progress.decide(done, outcome, self._now())
                 if again:
                     self._carry(progress, again)
             self._note(progress)
 
-        self._carrier.carry(progress.batch, indices, report)
+        self._carrier.carry(progress.batch, indices, counting(progress.lane.meter, progress.batch, report))
 
     # -- settle --------------------------------------------------------------------------------------------------
 
@@ -347,8 +465,10 @@ class Relay:
             try:
                 await self._settle_once()
                 self._recording.set()
+                self._note_success()
             except StoreError as error:
                 self._recording.clear()
+                self._note_failure(error)
                 _log.error("cannot_record", why=str(error), batches=len(self._dirty))
                 await asyncio.sleep(_STORE_PAUSE_S)
                 self._news.set()
@@ -362,24 +482,56 @@ class Relay:
         outcomes = [each.outcomes() for each in dirty.values()]
         removals = {removal for each in dirty.values() for removal in each.removals}
         quarantines = {quarantine for each in dirty.values() for quarantine in each.quarantines}
+        ended_now = [(each, each.ended) for each in dirty.values() if each.ended]
+        for each, _ in ended_now:
+            each.ended = {}
         now = self._now()
-        ends = [each.end(now) for each in dirty.values() if not each.open]
+        ending = [each for each in dirty.values() if not each.open]
+        ends = [each.end(now) for each in ending]
+        for each in ending:  # what is learnt of it from now on would come too late for its end
+            if self._held.get(each.batch.id) is each:
+                del self._held[each.batch.id]
+        awaited, self._awaited = self._awaited, []
         try:
             # Both at once share a commit. What is ended here was recorded by the round before.
             await asyncio.gather(self._finish(ended), self._record(outcomes, removals, quarantines))
         except BaseException:  # cancelled, or the store failed: it stays to be done, and may be done twice
             self._dirty = {**dirty, **self._dirty}
             self._ended += ended
+            self._awaited += awaited
+            for each, counts in ended_now:
+                each.ended = dict(Counter(each.ended) + Counter(counts))
             raise
+        for future in awaited:
+            if not future.done():  # its caller may have gone
+                future.set_result(None)
         for each in dirty.values():
             each.removals -= removals
             each.quarantines -= quarantines
+        recorded_at = self._clock()
+        for each, counts in ended_now:
+            each.count_ends(counts, recorded_at)
         for batch_id, _ in dirty:
             for changed in self._waiters.get(batch_id, ()):
                 changed.set()
         if ends:
             self._ended += ends
             self._news.set()
+
+    @property
+    def unrecorded(self) -> int:
+        """Batches of which something was learnt that is not recorded yet."""
+        return len(self._dirty)
+
+    def _note_failure(self, error: StoreError) -> None:
+        now, former = self._clock(), self.store_failure
+        self.store_failure = StoreFailure(now if former is None else former.since, now, str(error))
+
+    def _note_success(self) -> None:
+        failure = self.store_failure
+        if failure is not None:
+            self.store_failure = None
+            _log.info("store_recovered", failed_for_s=round(self._clock() - failure.since, 1))
 
     async def _finish(self, ends: Sequence[LeaseEnd]) -> None:
         if ends:
@@ -399,3 +551,15 @@ class Relay:
             await asyncio.wait(set(self._cautious))
         while self._dirty or self._ended:
             await self._settle_once()
+        for lane in self._lanes.values():
+            for summary in lane.given_up.values():
+                summary.flush()
+
+
+def _new_id(now: float) -> str:
+    return new_batch_id(now, os.urandom(8))
+
+
+def _may_be_sent(receipt: Receipt) -> bool:
+    """It is, unless somebody cancels it."""
+    return receipt.state is State.QUEUED and not receipt.cancelling

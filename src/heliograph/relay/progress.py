@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import random
 from array import array
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import structlog
@@ -18,6 +19,7 @@ from heliograph.model import (
     Detail,
     DeviceToken,
     Headers,
+    Lane,
     Lease,
     LeaseEnd,
     NotProcessed,
@@ -26,7 +28,10 @@ from heliograph.model import (
     Quarantine,
     Removal,
     State,
+    Unknown,
 )
+from heliograph.ports import Report
+from heliograph.telemetry import LaneMeter, Summary
 
 _log = structlog.get_logger("heliograph.relay")
 
@@ -41,6 +46,9 @@ _TOGETHER_S = 0.05
 _ELSEWHERE_S = 1.0
 _ELSEWHERE_MAX_S = 30.0
 """Pauses before what came back unprocessed twice is tried again: then it is not the one connection that is at fault."""
+
+_NOT_ENDED = (State.QUEUED, State.SENT)
+_GIVEN_UP = (State.BURIED, State.EXPIRED)
 
 _LITTLE = array("H", (1,)).tobytes() == b"\1\0"
 """Whether this machine's integers must be turned round for the wire's order."""
@@ -58,9 +66,17 @@ class Moment(NamedTuple):
 class LaneState:
     """What is known of an app in an environment: how its notifications fare."""
 
-    __slots__ = ("alarmed_at", "bad", "crowd", "good")
+    __slots__ = ("_later", "_name", "alarmed_at", "bad", "crowd", "given_up", "good", "meter", "proved")
 
-    def __init__(self) -> None:
+    def __init__(self, name: Lane, meter: LaneMeter, later: Callable[[float, Callable[[], None]], object]) -> None:
+        """`later` is a loop's `call_later`."""
+        self._name = name
+        self._later = later
+        self.meter = meter
+        self.proved = False
+        """Apple took something of it, since the start."""
+        self.given_up: dict[str, Summary] = {}
+        """What is told of those that were given up on, by reason."""
         self.crowd = policy.Crowd()
         self.good = 0
         self.bad = 0
@@ -74,6 +90,32 @@ class LaneState:
             self.good //= 2
             self.bad //= 2
 
+    def prove(self) -> None:
+        """Apple took something."""
+        if not self.proved:
+            self.proved = True
+            app, environment = self._name
+            _log.info("first_accepted", app=app, environment=environment.value)
+
+    def give_up(self, reason: str, state: State, count: int = 1) -> None:
+        """So many are not tried any more, though Apple did not say no for good."""
+        summary = self.given_up.get(reason)
+        if summary is None:
+            app, environment = self._name
+
+            def tell(number: int) -> None:
+                _log.warning(
+                    "gave_up",
+                    app=app,
+                    environment=environment.value,
+                    reason=reason,
+                    state=state.name.lower(),
+                    count=number,
+                )
+
+            summary = self.given_up[reason] = Summary(tell, self._later)
+        summary.add(count)
+
     @property
     def doubtful(self) -> bool:
         """So many device tokens are unknown that the environment is more likely to be wrong than they are."""
@@ -84,7 +126,7 @@ class Progress:
     """What is known of a leased batch, growing as the carrier reports."""
 
     __slots__ = (
-        *("attempt", "batch", "details", "due_at", "fresh", "lane", "open", "planned"),
+        *("attempt", "batch", "details", "due_at", "ended", "fresh", "lane", "later", "open", "planned"),
         *("quarantines", "removals", "retried", "states", "times"),
     )
 
@@ -103,10 +145,14 @@ class Progress:
         self.details: dict[int, Detail] = {} if outcomes is None else {each.index: each for each in outcomes.details}
         self.removals: set[Removal] = set()
         self.quarantines: set[Quarantine] = set()
+        self.ended: dict[State, int] = {}
+        """How many came to an end, by the state that they ended in, that are not recorded yet."""
         self.open = 0
         """Notifications with the carrier, or about to be."""
         self.due_at: float | None = None
         """When the earliest deferred one is due, by the steady clock."""
+        self.later: set[int] = set()
+        """Queued, and not to be sent under this lease."""
         self.retried: set[int] = set()
         """Handed to the carrier a second time under this lease."""
         self.planned: dict[tuple[Outcome, int, Headers], tuple[float, policy.Again]] = {}
@@ -126,6 +172,8 @@ class Progress:
 
     def set_state(self, indices: Sequence[int], state: State, now: float) -> None:
         moment = self.milliseconds(now)
+        if state not in _NOT_ENDED:
+            self.ended[state] = self.ended.get(state, 0) + len(indices)
         if isinstance(indices, range):
             span = slice(indices.start, indices.stop)
             self.states[span] = bytes((state,)) * len(indices)
@@ -142,6 +190,12 @@ class Progress:
             for index in self.details.keys() & set(indices):
                 self.details[index] = Detail(index, attempts=self.details[index].attempts)
 
+    def count_ends(self, ended: Mapping[State, int], now: float) -> None:
+        """Have the meter know of these, which are on record now."""
+        way_s = now - self.batch.created_at
+        for state, count in ended.items():
+            self.lane.meter.ended(state, count, way_s)
+
     def outcomes(self) -> Outcomes:
         times = self.times
         if _LITTLE:
@@ -156,6 +210,8 @@ class Progress:
         indices: Sequence[int] = range(size)
         if any(self.states) or self.details:
             lost = [index for index in range(size) if self.states[index] == State.SENT]
+            # Who cancelled these was told that they were being sent.
+            lost += [index for index in range(size) if index in self.details and self.details[index].cancelled]
             for index in lost:
                 why = "the server ended before the answer came"
                 attempts = self._attempts(index)
@@ -165,8 +221,8 @@ class Progress:
             later = [index for index in indices if _due_at(self.details.get(index)) > moment.steady]
             if later:
                 self.put_off(min(_due_at(self.details.get(index)) for index in later))
-                waiting = set(later)
-                indices = [index for index in indices if index not in waiting]
+                self.later.update(later)
+                indices = [index for index in indices if index not in self.later]
         created_at = self.batch.created_at
         kinds = self.batch.headers
         if any(policy.deadline(created_at, each.expiration) < now for each in kinds):
@@ -181,6 +237,7 @@ class Progress:
                 attempts = self._attempts(index) - 1
                 self.set_state((index,), state, now)
                 self.details[index] = Detail(index, reason="TooLate", attempts=attempts)
+                self.lane.give_up("TooLate", state)
             gone = set(over)
             indices = [index for index in indices if index not in gone]
         return indices
@@ -191,17 +248,24 @@ class Progress:
         again: list[int] = []
         for index in indices:
             attempts = self._attempts(index)
-            decision = self._decision(index, outcome, attempts, moment)
-            detail = _detail(index, outcome, decision, attempts)
             before = self.details.get(index)
-            if before is not None and before.again_from is not None:
+            decision = self._decision(index, outcome, attempts, moment)
+            if before is not None and before.cancelled:
+                decision = _not_again(decision, outcome)
+            detail = _detail(index, outcome, decision, attempts)
+            if before is not None and decision == _CANCELLED:
+                detail = replace(before, attempts=attempts - 1, due_at=None, cancelled=False)
+            elif before is not None and before.again_from is not None:
                 detail = replace(detail, again_from=before.again_from)
             if isinstance(decision, policy.End):
                 self.set_state((index,), decision.state, now)
                 if decision.state is State.BURIED:
                     crash.point("buried")
+                if decision.state in _GIVEN_UP:
+                    self.lane.give_up(detail.reason or "", decision.state)
                 if decision.state is State.ACCEPTED:
                     self.lane.count(1, 0)
+                    self.lane.prove()
                 if decision.removed_since is not None:
                     self.removals.add(_removal(self.batch, index, decision.removed_since))
                 if decision.quarantined_until is not None:
@@ -216,9 +280,28 @@ class Progress:
                 detail = replace(detail, attempts=attempts + decision.counted, due_at=due_at)
                 if self.states[index] == State.SENT:  # it certainly was not acted on
                     self.set_state((index,), State.QUEUED, now)
+                self.later.add(index)
                 self.put_off(due_at)
             self.details[index] = detail
         return again
+
+    def cancel(self, indices: Sequence[int], now: float) -> list[int]:
+        """Have these not sent any more, of those that are queued; which of them the carrier has."""
+        out, waiting = [], []
+        for index in indices:
+            if index >= len(self.states) or self.states[index] != State.QUEUED:
+                continue
+            detail = self.details.get(index)
+            if index not in self.later:
+                self.details[index] = replace(detail or Detail(index), cancelled=True)
+                out.append(index)
+                continue
+            if detail is not None:
+                self.details[index] = replace(detail, attempts=detail.attempts - 1, due_at=None)
+            waiting.append(index)
+        if waiting:
+            self.set_state(waiting, State.CANCELLED, now)
+        return out
 
     def _decision(self, index: int, outcome: Outcome, attempts: int, moment: Moment) -> policy.Decision:
         """What follows; what of a batch is to be sent again for one reason shares a time, and so a lease."""
@@ -274,6 +357,40 @@ class Progress:
     def _attempts(self, index: int) -> int:
         detail = self.details.get(index)
         return 1 if detail is None else detail.attempts
+
+
+def counting(meter: LaneMeter, batch: Batch, report: Report) -> Report:
+    """`report`, with what it is told of counted first."""
+    kinds_of, only = batch.headers_of, batch.headers[0].push_type
+    if kinds_of is None or all(each.push_type is only for each in batch.headers):
+
+        def count_and_report(indices: Sequence[int], outcome: Outcome) -> None:
+            meter.answered(only, outcome, len(indices))
+            report(indices, outcome)
+
+        return count_and_report
+
+    kinds = [each.push_type for each in batch.headers]
+
+    def count_each_and_report(indices: Sequence[int], outcome: Outcome) -> None:
+        for kind, count in Counter([kinds[kinds_of[index]] for index in indices]).items():
+            meter.answered(kind, outcome, count)
+        report(indices, outcome)
+
+    return count_each_and_report
+
+
+_CANCELLED = policy.End(State.CANCELLED)
+"""Apple did not see it this time."""
+
+
+def _not_again(decision: policy.Decision, outcome: Outcome) -> policy.Decision:
+    """What follows instead, as it was cancelled meanwhile."""
+    if isinstance(decision, policy.End) and decision.state in (State.ACCEPTED, State.REJECTED):
+        return decision
+    if isinstance(outcome, NotProcessed):
+        return _CANCELLED
+    return policy.End(State.UNKNOWN if isinstance(outcome, Unknown) else State.CANCELLED, decision.reason)
 
 
 def _detail(index: int, outcome: Outcome, decision: policy.Decision, attempts: int) -> Detail:

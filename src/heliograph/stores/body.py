@@ -1,7 +1,11 @@
 """A batch's immutable body as bytes: what every database stores in one column.
 
-One octet says which form follows; form 1 is msgpack, an array in the order of `_Body`. Device tokens are stored as the
-octets that their hex digits spell, and lengths only where they differ, so that a thousand notifications cost few calls.
+One octet says which form follows. Form 2 is a head and then all payloads in a row; a head is its length (4 octets,
+big-endian) and msgpack, an array in the order of `_Head`. So whoever wants to know of a place what is no payload reads
+the head alone, which is short (`Places`). In form 1, of older files, the payloads are the array's last member.
+
+Device tokens are stored as the octets that their hex digits spell, and lengths only where they differ, so that a
+thousand notifications cost few calls.
 """
 
 from __future__ import annotations
@@ -14,12 +18,17 @@ from itertools import accumulate, pairwise
 import msgspec
 
 from heliograph.errors import StoreError
-from heliograph.model import MAX_BATCH, Batch, Environment, Headers
+from heliograph.model import MAX_BATCH, Batch, DeviceToken, Environment, Headers
 
-_FORM = b"\x01"
+_FORM_1, _FORM_2 = b"\x01", b"\x02"
+_HEAD_AT = 5
+"""Octets before the head: the form, and the head's length."""
+
+HEAD_GUESS = 40_000
+"""Octets at a body's beginning that mostly have the whole head in them: a thousand device tokens take 32,000."""
 
 
-class _Body(msgspec.Struct, frozen=True, array_like=True):
+class _Head(msgspec.Struct, frozen=True, array_like=True):
     headers: tuple[Headers, ...]
     headers_of: bytes | None
     digits: int
@@ -29,11 +38,17 @@ class _Body(msgspec.Struct, frozen=True, array_like=True):
     """All device tokens' digits in a row, as octets; with one digit 0 more where their number is odd."""
     octets_of: bytes
     """Octets of each payload; empty: all share one."""
+
+
+class _Whole(_Head, frozen=True, array_like=True):
+    """Form 1."""
+
     payloads: bytes
 
 
-_encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(_Body)
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(_Head).decode
+_decode_whole = msgspec.msgpack.Decoder(_Whole).decode
 
 
 def pack(batch: Batch) -> bytes:
@@ -59,31 +74,29 @@ def pack(batch: Batch) -> bytes:
     tokens = b"".join(batch.tokens)
     if len(tokens) % 2:
         tokens += b"0"
-    return _FORM + _encoder.encode(
-        _Body(
+    head = _encode(
+        _Head(
             headers=batch.headers,
             headers_of=batch.headers_of,
             digits=digits,
             digits_of=b"" if digits else _lengths(batch.tokens),
             tokens=binascii.unhexlify(tokens),
             octets_of=b"" if len(batch.payloads) == 1 else _lengths(batch.payloads),
-            payloads=b"".join(batch.payloads),
         )
     )
+    return b"".join((_FORM_2, len(head).to_bytes(_HEAD_AT - 1, "big"), head, *batch.payloads))
 
 
 def unpack(id: str, app: str, environment: Environment, created_at: float, body: bytes) -> Batch:
     """The batch that `pack` was given. Raises StoreError when `body` is not what `pack` made."""
     try:
-        if body[:1] != _FORM:
-            raise ValueError("it has an unknown form")
-        packed = _decoder.decode(memoryview(body)[1:])
+        packed, joined = _open(body)
         if packed.digits:
             # With one separator a token, hexlify and split do in C what a thousand slices would do here.
             tokens = binascii.hexlify(packed.tokens, b" ", packed.digits // 2).split()
         else:
             tokens = _cut(binascii.hexlify(packed.tokens), packed.digits_of)
-        payloads = _cut(packed.payloads, packed.octets_of) if packed.octets_of else [packed.payloads]
+        payloads = _cut(joined, packed.octets_of) if packed.octets_of else [joined]
         if len(payloads) not in {1, len(tokens)}:
             raise ValueError("it has neither one payload nor one each")
     except (ValueError, struct.error, msgspec.DecodeError) as error:
@@ -100,12 +113,100 @@ def unpack(id: str, app: str, environment: Environment, created_at: float, body:
     )
 
 
+def head_octets(start: bytes, size: int) -> int:
+    """How many octets of a body of `size` octets `Places` needs; `start` is its first five or more."""
+    if start[:1] != _FORM_2:
+        return size
+    return min(size, _HEAD_AT + int.from_bytes(start[1:_HEAD_AT], "big"))
+
+
+class Places:
+    """What a stored body says of the notifications of a batch, their payloads aside."""
+
+    __slots__ = ("_digits", "_ends", "_head")
+
+    def __init__(self, start: bytes) -> None:
+        """`start`: as much of the body as `head_octets` says. Raises StoreError when it is not what `pack` made."""
+        try:
+            self._head = _head(start)
+            digits_of = self._head.digits_of
+            self._ends = None if self._head.digits else list(accumulate(_read_lengths(digits_of), initial=0))
+        except (ValueError, struct.error, msgspec.DecodeError) as error:
+            raise StoreError(f"A stored body cannot be read: {error}") from error
+        self._digits: str | None = None
+
+    @property
+    def kinds(self) -> tuple[Headers, ...]:
+        """The sets of headers that are used."""
+        return self._head.headers if self._head.headers_of is not None else self._head.headers[:1]
+
+    @property
+    def kind_of(self) -> bytes:
+        """Which of `kinds` each notification uses; empty where all use the first."""
+        return self._head.headers_of or b""
+
+    def headers(self, index: int) -> Headers:
+        """Raises IndexError where there is no such place, as the next one does."""
+        head = self._head
+        return head.headers[0 if head.headers_of is None else head.headers_of[index]]
+
+    def token(self, index: int) -> DeviceToken:
+        digits = self._head.digits
+        if self._ends is None:
+            octets = digits // 2
+            token = self._head.tokens[index * octets : (index + 1) * octets].hex()
+        else:
+            if self._digits is None:
+                self._digits = self._head.tokens.hex()
+            digits = self._ends[index + 1] - self._ends[index]
+            token = self._digits[self._ends[index] : self._ends[index + 1]]
+        if len(token) != digits:
+            raise IndexError("no such place")
+        return DeviceToken(token)
+
+    def find(self, octets: bytes) -> list[int]:
+        """The places whose device token's digits spell these octets, in order."""
+        digits = 2 * len(octets)
+        tokens, found = self._head.tokens, []
+        if self._ends is not None:
+            token = octets.hex()
+            return [index for index in range(len(self._ends) - 1) if self.token(index) == token]
+        if digits == self._head.digits:
+            at = tokens.find(octets)
+            while at >= 0:
+                if at % len(octets) == 0:
+                    found.append(at // len(octets))
+                at = tokens.find(octets, at + 1)
+        return found
+
+
+def _open(body: bytes) -> tuple[_Head, bytes]:
+    """What stands before the payloads, and those in a row."""
+    if body[:1] == _FORM_1:
+        whole = _decode_whole(memoryview(body)[1:])
+        return whole, whole.payloads
+    return _head(body), body[head_octets(body, len(body)) :]
+
+
+def _head(start: bytes) -> _Head:
+    form = start[:1]
+    if form == _FORM_2:
+        return _decode(start[_HEAD_AT : head_octets(start, len(start))])
+    if form == _FORM_1:
+        return _decode_whole(memoryview(start)[1:])
+    raise ValueError("it has an unknown form")
+
+
 def _lengths(entries: Sequence[bytes]) -> bytes:
     return struct.pack(f"<{len(entries)}I", *map(len, entries))
 
 
+def _read_lengths(lengths: bytes) -> tuple[int, ...]:
+    return struct.unpack(f"<{len(lengths) // 4}I", lengths)
+
+
 def _cut(joined: bytes, lengths: bytes) -> list[bytes]:
-    ends = list(accumulate(struct.unpack(f"<{len(lengths) // 4}I", lengths), initial=0))
+    ends = list(accumulate(_read_lengths(lengths), initial=0))
     if not 0 <= len(joined) - ends[-1] <= 1:  # a digit that only made their number even belongs to none
         raise ValueError("its parts are not as long as it says")
     return [joined[start:end] for start, end in pairwise(ends)]

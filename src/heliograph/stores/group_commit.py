@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +19,7 @@ import apsw
 
 from heliograph import crash
 from heliograph.errors import StoreError
+from heliograph.telemetry import COMMITS_S, Histogram
 
 A = TypeVar("A")
 T = TypeVar("T")
@@ -66,6 +68,8 @@ class Writer:
         What its work had noted in memory does not hold then.
         """
         self.commits = 0
+        self.commit_s = Histogram(COMMITS_S)
+        """How long transactions took that changed something, the way to the disk included."""
         self.waiting = waiting
         self.counted = waiting
         """`waiting` as the transaction under way will leave it; operations count here."""
@@ -140,11 +144,12 @@ class Writer:
             return
         self.counted = self.waiting
         changes = self._db.total_changes()
+        began = time.monotonic()
         try:
             self._db.execute("BEGIN IMMEDIATE")
             fault = self._try(group)
             if fault is None:
-                self._end_transaction(changed=self._db.total_changes() != changes)
+                self._end_transaction(began, changed=self._db.total_changes() != changes)
             else:
                 self._roll_back()
         except apsw.Error as error:
@@ -175,12 +180,13 @@ class Writer:
             return error
         return None
 
-    def _end_transaction(self, *, changed: bool) -> None:
+    def _end_transaction(self, began: float, *, changed: bool) -> None:
         if changed:
             crash.point("before-commit")
         self._db.execute("COMMIT")
         if changed:
             self.commits += 1
+            self.commit_s.observe(time.monotonic() - began)
             crash.point("after-commit")
 
     def _note_pages(self, db: apsw.Connection, schema: str, pages: int) -> int:  # noqa: ARG002 - SQLite's signature

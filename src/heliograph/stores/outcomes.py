@@ -6,9 +6,11 @@ from collections.abc import Collection
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from heliograph.errors import StoreError
-from heliograph.model import Detail, Outcomes, Receipt, State
+from heliograph.model import Detail, Environment, Headers, Outcomes, Receipt, State
+from heliograph.stores.body import Places
 
 UNREADABLE = "Unreadable"
 """The reason in the receipts of a batch that is damaged in the store."""
@@ -30,37 +32,59 @@ def decode_details(stored: bytes | None) -> tuple[Detail, ...]:
         raise StoreError(f"Stored outcomes cannot be read: {error}") from error
 
 
-def receipt(id: str, row: tuple[Any, ...], details: dict[int, Detail]) -> Receipt | None:
+def receipt(id: str, row: tuple[Any, ...], details: dict[int, Detail], places: Places | None) -> Receipt | None:
     """The receipt of `id` from its batch's row; None where the batch has no such place.
 
-    `row` has the batch's id, app, created_at and size, then its states, times_ms and details or None for each.
+    `row` has the batch's id, app, environment, created_at and size, then its states, times_ms and more, or None.
     """
-    _, app, created_at, size, states, times_ms, _ = row
+    _, app, environment, created_at, size, states, times_ms, *_ = row
     index = int(id[-4:], 16) - 1
     if not 0 <= index < size:
         return None
     state = State.QUEUED if states is None else State(states[index])
     detail = details.get(index)
     if detail is None and state is State.QUEUED:
-        return Receipt(id, app, state, created_at)
-    updated_at = created_at + int.from_bytes(times_ms[4 * index : 4 * index + 4], "big") / 1000
-    if detail is None:
-        attempts = 1 if state in (State.ACCEPTED, State.SENT) else 0
-        return Receipt(id, app, state, created_at, updated_at, attempts=attempts)
+        detail, updated_at = _NEVER, None
+    else:
+        updated_at = created_at + int.from_bytes(times_ms[4 * index : 4 * index + 4], "big") / 1000
+        if detail is None:
+            detail = _ONCE if state is State.ACCEPTED or state is State.SENT else _NEVER
+        elif state is State.QUEUED:
+            detail = replace(detail, attempts=detail.attempts - 1)  # it has the number of the next one
+    if places is not None:
+        try:
+            headers, token = places.headers(index), places.token(index)
+        except IndexError:  # damaged
+            headers, token = _NO_HEADERS, None
+    else:
+        headers, token = _NO_HEADERS, None
+    # By position, which takes half as long: there are a thousand in an answer.
     return Receipt(
         id,
         app,
         state,
         created_at,
         updated_at,
-        reason=detail.reason,
-        why=detail.why,
-        status=detail.status,
-        since=detail.since,
-        unique_id=detail.unique_id,
-        attempts=detail.attempts - (state is State.QUEUED),  # of what waits, the detail has the number of the next try
-        next_attempt_at=detail.due_at,
+        detail.reason,
+        detail.status,
+        detail.since,
+        detail.unique_id,
+        detail.attempts,
+        detail.due_at,
+        detail.why,
+        detail.cancelled,
+        _ENVIRONMENTS[environment],
+        headers.topic or None,
+        None if token is None else headers.push_type,
+        token,
+        id if headers.collapse_on_id else headers.collapse_id,
+        headers.expiration,
     )
+
+
+_ONCE, _NEVER = Detail(0), Detail(0, attempts=0)
+_NO_HEADERS = Headers("")
+_ENVIRONMENTS = {each.value: each for each in Environment}
 
 
 def bury(known: Outcomes, attempt: int, age_s: float) -> Outcomes:
@@ -96,6 +120,26 @@ def exhume(known: Outcomes, indices: Collection[int], now: float, age_s: float) 
         details[index] = Detail(index, due_at=now, again_from=now)
         again.append(index)
     return Outcomes(known.batch_id, known.attempt, bytes(states), bytes(times_ms), tuple(details.values())), again
+
+
+def call_off(known: Outcomes, indices: Collection[int], age_s: float) -> tuple[Outcomes, list[int]]:
+    """`known` with those of `indices` cancelled that are queued, and which those are."""
+    moment = _moment(age_s)
+    states = bytearray(known.states)
+    times_ms = bytearray(known.times_ms)
+    details = {detail.index: detail for detail in known.details}
+    cancelled = []
+    for index in indices:
+        if not 0 <= index < len(states) or states[index] != State.QUEUED:
+            continue
+        if index in details:
+            if details[index].cancelled:  # it was on its way when its holder was lost: nobody knows what became of it
+                continue
+            details[index] = replace(details[index], attempts=details[index].attempts - 1, due_at=None)
+        states[index] = State.CANCELLED
+        times_ms[4 * index : 4 * index + 4] = moment
+        cancelled.append(index)
+    return Outcomes(known.batch_id, known.attempt, bytes(states), bytes(times_ms), tuple(details.values())), cancelled
 
 
 def _moment(age_s: float) -> bytes:

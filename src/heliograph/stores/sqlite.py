@@ -1,9 +1,10 @@
-"""Queue and Store in one SQLite file: one writer thread with group commit, one reader thread beside it.
+"""Queue and Store in one SQLite file: one writer thread with group commit, two threads that read.
 
-The writer (`group_commit`) commits what waits in one transaction, in WAL with synchronous=FULL. The reader sees the
+The writer (`group_commit`) commits what waits in one transaction, in WAL with synchronous=FULL. Who reads sees the
 last commit and does not wait for the next. The ports' methods are here and hand all work on the file over: to the
-writer what changes jobs (`sqlite_jobs`) or anything else (`sqlite_records`), to the reader what is looked for
-(`sqlite_reading`). Which device tokens may be held back is known here in memory (`held`).
+writer what changes jobs (`sqlite_jobs`) or anything else (`sqlite_records`), to one reader what is asked for by name
+(`sqlite_reading`), to the other what may take long (`sqlite_listing`). Which device tokens may be held back is known
+here in memory (`held`).
 
 One process a file, by a kernel lock on `<path>.lock`. Two things follow. A lease found on opening belongs to a dead
 process and is void at once. And time is counted from the opening by the monotonic clock: setting the machine's clock
@@ -19,33 +20,37 @@ import math
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self, TypeVar, TypeVarTuple
 
 import apsw
 
 from heliograph import crash
-from heliograph.errors import Overloaded, StoreError
+from heliograph.errors import HeliographError, StoreError
 from heliograph.model import (
     ApiKey,
     Batch,
+    Depth,
     Environment,
+    Filter,
     Lane,
     Lease,
     LeaseEnd,
+    Once,
     Outcomes,
+    Page,
     Quarantine,
     Receipt,
     Removal,
 )
-from heliograph.stores import sqlite_reading, sqlite_records
+from heliograph.stores import sqlite_listing, sqlite_reading, sqlite_records
 from heliograph.stores.body import pack, unpack
 from heliograph.stores.group_commit import Work, closed_error, store_error
 from heliograph.stores.held import MaybeHeld
 from heliograph.stores.outcomes import bury, decode_details, receipt
 from heliograph.stores.sqlite_file import Row, connect, locked, make_directory, prepare
-from heliograph.stores.sqlite_jobs import Jobs, Taken
+from heliograph.stores.sqlite_jobs import Jobs, Put, Taken
 from heliograph.stores.sqlite_rows import (
     CANONICAL,
     api_key,
@@ -55,8 +60,10 @@ from heliograph.stores.sqlite_rows import (
     key_of,
     octets_of,
     outcome_row,
+    places_of,
 )
 from heliograph.stores.takers import Takers
+from heliograph.telemetry import Histogram
 
 A = TypeVar("A")
 T = TypeVar("T")
@@ -123,11 +130,14 @@ class SqliteStore:
                 writer = undo.enter_context(contextlib.closing(connect(path)))
                 waiting = prepare(writer, path, self._now())
                 self._reader = undo.enter_context(contextlib.closing(connect(path)))
-                self._reader.pragma("query_only", value=True)
+                self._looker = undo.enter_context(contextlib.closing(connect(path)))
+                for each in (self._reader, self._looker):
+                    each.pragma("query_only", value=True)
             except (apsw.Error, OSError) as error:
                 raise store_error(path, error) from error
             self._opened = undo.pop_all()
         self._readers = ThreadPoolExecutor(1, "heliograph-sqlite-reader")
+        self._lookers = ThreadPoolExecutor(1, "heliograph-sqlite-looker")
         self._jobs = Jobs(
             writer,
             path,
@@ -146,6 +156,11 @@ class SqliteStore:
         return self._writer.commits
 
     @property
+    def commit_s(self) -> Histogram:
+        """How long each of them took."""
+        return self._writer.commit_s
+
+    @property
     def waiting(self) -> int:
         """Notifications in batches that are not finished."""
         return self._writer.waiting
@@ -157,20 +172,20 @@ class SqliteStore:
 
     # Queue
 
-    async def put(self, batches: Sequence[Batch], *, lease: bool = False) -> Sequence[Lease]:
+    async def put(self, batches: Sequence[Batch], *, lease: bool = False, once: Once | None = None) -> Sequence[Lease]:
         if not batches:
             return ()
         rows = [
             (key_of(batch.id), batch.app, batch.environment.value, batch.created_at, len(batch), pack(batch))
             for batch in batches
         ]
-        putting = self._writer.run(self._jobs.put, (rows, lease), unwanted=self._unlease)
+        putting = self._writer.run(self._jobs.put, (rows, lease, once), unwanted=self._unlease)
         try:
             leased = await putting
         except asyncio.CancelledError:
             _reject(putting, self._unlease)
             raise
-        if isinstance(leased, Overloaded):
+        if isinstance(leased, HeliographError):
             raise leased
         return [Lease(batch, None, 1) for batch, row in zip(batches, rows, strict=True) if row[0] in leased]
 
@@ -218,9 +233,9 @@ class SqliteStore:
                 wanted.setdefault(text[:-4], []).append(position)
         if wanted:
             for row in await self._read(sqlite_reading.receipt_rows, tuple(map(key_of, wanted))):
-                details = details_of(row[-1])
+                details, places = details_of(row[7]), places_of(row[-1])
                 for position in wanted[id_of(row[0])]:
-                    receipts[position] = receipt(canonical[position], row, details)
+                    receipts[position] = receipt(canonical[position], row, details, places)
         return receipts
 
     async def held_among(self, app: str, environment: Environment, tokens: Collection[bytes]) -> dict[bytes, str]:
@@ -232,10 +247,15 @@ class SqliteStore:
             return {}
         return await self._read(sqlite_reading.held_among, app, environment, tuple(tokens), self._now())
 
-    async def find_buried(self, app: str | None, before: str | None, limit: int) -> Sequence[Receipt]:
+    async def find_buried(self, apps: Collection[str] | None, before: str | None, limit: int) -> Sequence[Receipt]:
         """By id, which begins with the time when it was made. Raises ValueError if `before` is no id."""
         canonical = sqlite_reading.canonical_before(before)
-        return await self._read(sqlite_reading.find_buried, app, canonical, limit)
+        return await self._look(sqlite_reading.find_buried, apps, canonical, limit)
+
+    async def find_notifications(self, wanted: Filter, before: str | None, limit: int) -> Page:
+        """As the port has it; one look takes `sqlite_listing.LOOK_S` at most, about."""
+        canonical = sqlite_reading.canonical_before(before)
+        return await self._look(sqlite_listing.find_notifications, wanted, canonical, limit)
 
     async def replay(self, ids: Sequence[str]) -> Sequence[str]:
         """Those of a batch that somebody has leased at the moment are left as they are: ask for them again.
@@ -245,6 +265,15 @@ class SqliteStore:
         if not ids:
             return []
         return await self._writer.run(self._jobs.replay, ids)
+
+    async def cancel(self, ids: Sequence[str]) -> Sequence[str]:
+        """An older lease of the batch is told apart from now on, as with `replay`."""
+        if not ids:
+            return []
+        return await self._writer.run(self._jobs.cancel, ids)
+
+    async def find_once(self, key: bytes) -> Once | None:
+        return await self._read(sqlite_reading.find_once, key, self._now())
 
     async def purge(self, before: float) -> int:
         """Delete finished batches made before `before` (UNIX seconds), and with them their receipts.
@@ -264,6 +293,28 @@ class SqliteStore:
             async with _in_steps():
                 lapsed = await self._writer.run(sqlite_records.lapse, self._now())
         return purged
+
+    async def depths(self) -> Sequence[Depth]:
+        """Of all lanes that there ever were."""
+        found: dict[int, list[float]] = {}
+        place: int | None = 0
+        while place is not None:
+            rows, place = await self._read(sqlite_reading.depth_rows, place)
+            for number, waiting, leased, due_at in rows:
+                lane = found.setdefault(number, [0, 0, math.inf])
+                lane[0] += waiting
+                lane[1] += leased
+                lane[2] = min(lane[2], math.inf if due_at is None else due_at)
+        now = self._now()
+        depths = []
+        for number, app, environment in await self._read(sqlite_reading.lanes):
+            waiting, leased, due_at = found.get(number, (0, 0, math.inf))
+            depths.append(Depth(app, Environment(environment), int(waiting), int(leased), max(0.0, now - due_at)))
+        return depths
+
+    async def probe(self) -> None:
+        await self._writer.run(sqlite_records.probe, None)
+        await self._read(sqlite_reading.probe)
 
     async def save_app(self, name: str, record: bytes) -> None:
         await self._writer.run(sqlite_records.save_apps, (name, record))
@@ -302,16 +353,24 @@ class SqliteStore:
 
     async def _read(self, find: Callable[[apsw.Connection, *Args], T], *arguments: *Args) -> T:
         """What `find` finds, on the reader's connection and thread."""
+        return await self._find(self._reader, self._readers, find, *arguments)
 
+    async def _look(self, find: Callable[[apsw.Connection, *Args], T], *arguments: *Args) -> T:
+        """The same on the looker's, for what may take long."""
+        return await self._find(self._looker, self._lookers, find, *arguments)
+
+    async def _find(
+        self, db: apsw.Connection, thread: Executor, find: Callable[[apsw.Connection, *Args], T], *arguments: *Args
+    ) -> T:
         def find_there() -> T:
             try:
-                return find(self._reader, *arguments)
+                return find(db, *arguments)
             except apsw.Error as error:
                 raise store_error(self._path, error) from error
 
         if self._writer.closed:
             raise closed_error(self._path)
-        return await asyncio.get_running_loop().run_in_executor(self._readers, find_there)
+        return await asyncio.get_running_loop().run_in_executor(thread, find_there)
 
     def _note_held(self, tokens: Sequence[bytes]) -> None:
         if self._held is None:
@@ -353,9 +412,9 @@ class SqliteStore:
         if taken.rows:
             self._run_unattended(self._jobs.give_back, [(row[0], row[7]) for row in taken.rows])
 
-    def _unlease(self, leased: Overloaded | Collection[bytes]) -> None:
+    def _unlease(self, leased: Put) -> None:
         """Nobody is there for what was leased with a put."""
-        if leased and not isinstance(leased, Overloaded):
+        if leased and not isinstance(leased, HeliographError):
             self._run_unattended(self._jobs.put_back, [(key,) for key in leased])
 
     def _readable(self, rows: Sequence[Row]) -> list[Lease]:
@@ -381,6 +440,7 @@ class SqliteStore:
 
     def _end(self) -> None:
         self._readers.shutdown()
+        self._lookers.shutdown()
         self._writer.join()
         self._opened.close()
 

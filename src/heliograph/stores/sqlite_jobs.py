@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 import apsw
 
 from heliograph.batches import parse_id
-from heliograph.errors import Overloaded, StoreError
-from heliograph.model import Lane, Outcomes
+from heliograph.errors import HeliographError, Overloaded, Repeated, StoreError
+from heliograph.model import Lane, Once, Outcomes, State
+from heliograph.stores import sqlite_records
 from heliograph.stores.group_commit import Writer
-from heliograph.stores.outcomes import decode_details, exhume
+from heliograph.stores.outcomes import call_off, decode_details, exhume
 from heliograph.stores.sqlite_file import Row
 from heliograph.stores.sqlite_records import record_outcomes
 from heliograph.stores.sqlite_rows import id_of, key_of, outcome_row, write_rows
@@ -101,9 +102,20 @@ FROM carray(?) AS wanted CROSS JOIN batch ON id = wanted.value CROSS JOIN lane U
 CROSS JOIN outcome USING (row) LEFT JOIN job USING (row)
 WHERE buried_id IS NOT NULL AND (leased_until IS NULL OR leased_until <= ?)"""  # noqa: S608 - an integer of ours
 
-_REPLAY = """
+_RESTART = """
 INSERT INTO job (row, line, size, attempt, ended, due_at) VALUES {rows} ON CONFLICT (row) DO UPDATE
 SET attempt = excluded.attempt, ended = excluded.ended, due_at = excluded.due_at, leased_until = NULL"""
+
+_CANCELLABLE = """
+SELECT row, id, created_at, batch.size, job.attempt + 1, states, times_ms, details, line, due_at
+FROM carray(?) AS wanted CROSS JOIN batch ON id = wanted.value CROSS JOIN job USING (row)
+LEFT JOIN outcome USING (row) WHERE leased_until IS NULL OR leased_until <= ?"""
+
+_OVER = "DELETE FROM job WHERE row IN carray(?)"
+
+
+Put = Overloaded | Repeated | Collection[bytes]
+"""The keys of batches that are leased as they are put; or why nothing was put."""
 
 
 class Taken(NamedTuple):
@@ -152,18 +164,27 @@ class Jobs:
         """How many of `lent`, from the left, the transaction under way has dealt with."""
         self.writer = Writer(db, path, waiting, wake=self._wake, forget=self._forget)
 
-    def put(self, db: apsw.Connection, calls: Sequence[tuple[list[Row], bool]]) -> list[Overloaded | Collection[bytes]]:
-        """The keys of the batches that are leased to the caller, for each call."""
-        answers: list[Overloaded | Collection[bytes]] = []
+    def put(self, db: apsw.Connection, calls: Sequence[tuple[list[Row], bool, Once | None]]) -> list[Put]:
+        """The keys of the batches that are leased to the caller, for each call; or why none was put."""
+        answers: list[Put] = []
         to_wait: list[Row] = []
         to_lease: list[Row] = []
+        now = self._now()
+        new_once: dict[bytes, Once] = {}
+        once_keys = [once.key for _, _, once in calls if once is not None]
+        known_once = sqlite_records.known_once(db, once_keys, now) if once_keys else ()
         waiting = self.writer.counted
-        for rows, lease in calls:
+        for rows, lease, once in calls:
+            if once is not None and (once.key in known_once or once.key in new_once):
+                answers.append(Repeated("This was taken before."))
+                continue
             count = sum(row[4] for row in rows)
             if waiting + count > self._max_waiting:
                 text = f"{waiting} notifications are waiting, {count} more would be above {self._max_waiting}"
                 answers.append(Overloaded(text, retry_after_s=RETRY_AFTER_S))
                 continue
+            if once is not None:
+                new_once[once.key] = once
             waiting += count
             (to_lease if lease else to_wait).extend(rows)
             answers.append({row[0] for row in rows} if lease else ())
@@ -172,7 +193,7 @@ class Jobs:
             self._lanes[lane] = db.execute(
                 "INSERT INTO lane (app, environment) VALUES (?, ?) RETURNING number", lane
             ).get
-        now = self._now()
+        sqlite_records.keep_once(db, tuple(new_once.values()), now)
         added = self._add(db, to_wait, (now, 0, None))
         self._stir(turns, {line: now for _, line, _, _ in added}.items())
         ends_at = now + self._lease_s
@@ -181,7 +202,7 @@ class Jobs:
             self._lent.append((ends_at, array("q", [row for row, _, _, _ in lent])))
         if len(lent) < len(to_lease):  # some were known before
             new = {key for _, _, _, key in lent}
-            answers = [each if isinstance(each, Overloaded) else new.intersection(each) for each in answers]
+            answers = [each if isinstance(each, HeliographError) else new.intersection(each) for each in answers]
         self.writer.counted += sum(size for _, _, size, _ in chain(added, lent))
         return answers
 
@@ -251,10 +272,7 @@ class Jobs:
     def _replay_these(self, db: apsw.Connection, ids: Sequence[str]) -> list[str]:
         now, wall = self._now(), self._clock()
         turns = self._read_turns(db)
-        wanted: dict[bytes, dict[int, str]] = {}
-        for each in ids:
-            if place := parse_id(each):
-                wanted.setdefault(key_of(place[0]), {}).setdefault(place[1], each)
+        wanted = _by_batch(ids)
         jobs: list[Row] = []
         known: list[Row] = []
         replayed: list[str] = []
@@ -271,10 +289,47 @@ class Jobs:
                 known.append(outcome_row(after))
                 replayed += [wanted[key][index] for index in again]
                 self.writer.counted += size if finished else 0
-        write_rows(db, _REPLAY, jobs)
+        write_rows(db, _RESTART, jobs)
         record_outcomes(db, known)
         self._stir(turns, ((job[1], now) for job in jobs))
         return replayed
+
+    def cancel(self, db: apsw.Connection, calls: Sequence[Sequence[str]]) -> list[list[str]]:
+        """Which of these notifications, by id, were waiting and are cancelled now."""
+        return [self._cancel_these(db, ids) for ids in calls]
+
+    def _cancel_these(self, db: apsw.Connection, ids: Sequence[str]) -> list[str]:
+        wall = self._clock()
+        turns = self._read_turns(db)
+        wanted = _by_batch(ids)
+        jobs: list[Row] = []
+        known: list[Row] = []
+        over: list[int] = []
+        cancelled: list[str] = []
+        found: list[Row] = (
+            db.execute(_CANCELLABLE, (apsw.carray(tuple(wanted)), self._now())).fetchall() if wanted else []
+        )
+        for row, key, created_at, size, attempt, states, times_ms, stored, line, due_at in found:
+            try:
+                details = decode_details(stored)
+            except StoreError:
+                continue  # damaged
+            before = Outcomes(id_of(key), attempt, states or bytes(size), times_ms or bytes(4 * size), details)
+            after, those = call_off(before, wanted[key].keys(), wall - created_at)
+            if those:
+                # As in `replay`: what former holders say is not recorded.
+                jobs.append((row, line, size, attempt, attempt, due_at))
+                known.append(outcome_row(after))
+                cancelled += [wanted[key][index] for index in those]
+                if not {State.QUEUED, State.SENT}.intersection(after.states):
+                    over.append(row)
+                    self.writer.counted -= size
+        write_rows(db, _RESTART, jobs)
+        record_outcomes(db, known)
+        if over:
+            db.execute(_OVER, (apsw.carray(array("q", over)),))
+        self._stir(turns, ((job[1], job[5]) for job in jobs))
+        return cancelled
 
     def _stir(self, turns: Turns, added: Iterable[Sequence[Any]]) -> None:
         """Something was added to these lines, due at these times."""
@@ -303,3 +358,12 @@ class Jobs:
         if self._stirred:
             stirred, self._stirred = self._stirred, set()
             self._takers.wake(stirred)
+
+
+def _by_batch(ids: Sequence[str]) -> dict[bytes, dict[int, str]]:
+    """Notifications' ids by their batches' keys and their places; what is none is left out."""
+    wanted: dict[bytes, dict[int, str]] = {}
+    for each in ids:
+        if place := parse_id(each):
+            wanted.setdefault(key_of(place[0]), {}).setdefault(place[1], each)
+    return wanted

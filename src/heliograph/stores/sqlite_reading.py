@@ -1,20 +1,26 @@
 """What is looked for in the SQLite store's file, on the connection that reads and in its thread.
 
-There is one such thread: what takes long makes the others wait. Rows of many come back as they are, for the event
+There is one such thread for what is asked for by name, and another one for looking through much (`find_buried` and
+`sqlite_listing`): what takes long makes others of its thread wait. Rows of many come back as they are, for the event
 loop's thread to make values of; where most of the rows found would be dropped again, that is done here.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Collection
+from heapq import merge
+from operator import itemgetter
 
 import apsw
 
 from heliograph.batches import notification_id
-from heliograph.model import Environment, Receipt, State
+from heliograph.model import Environment, Once, Receipt, State
+from heliograph.stores.body import HEAD_GUESS, head_octets
 from heliograph.stores.outcomes import receipt
 from heliograph.stores.sqlite_file import Row
-from heliograph.stores.sqlite_rows import CANONICAL, details_of, id_of, key_of
+from heliograph.stores.sqlite_records import ONCE_LAPSES_S
+from heliograph.stores.sqlite_rows import CANONICAL, details_of, id_of, key_of, places_of
 
 # As `octets_of` does: what is no hex is kept as it is.
 _HELD = """
@@ -38,26 +44,75 @@ ORDER BY app, environment, token LIMIT 5000"""  # noqa: S608 - two literals
 )
 """For `held_page`."""
 
-_RECEIPTS = """
-SELECT id, app, created_at, size, states, times_ms, details
-FROM carray(?) AS wanted CROSS JOIN batch ON batch.id = wanted.value LEFT JOIN outcome USING (row)"""
+SHORT = 8192
+"""A body of so many octets stands in its row's page. Of a longer one only the beginning is read: see `Bodies`."""
 
-_BURIED = """
-SELECT id, app, created_at, size, states, times_ms, details FROM outcome INDEXED BY outcome_buried
-CROSS JOIN batch USING (row) WHERE buried_id IS NOT NULL AND buried_id <= ? ORDER BY buried_id DESC"""
+COLUMNS = f"""id, app, environment, created_at, size, states, times_ms, details,
+    row, length(body), CASE WHEN length(body) <= {SHORT} THEN body END"""
+"""Of batch and outcome: a row as `outcomes.receipt` wants it, once `Bodies.whole` has completed it."""
 
-_BURIED_OF_APP = """
-SELECT id, app, created_at, size, states, times_ms, details FROM outcome INDEXED BY outcome_buried_app
+_RECEIPTS = f"""
+SELECT {COLUMNS}
+FROM carray(?) AS wanted CROSS JOIN batch ON batch.id = wanted.value LEFT JOIN outcome USING (row)"""  # noqa: S608 - columns of ours
+
+_BURIED = f"""
+SELECT {COLUMNS} FROM outcome INDEXED BY outcome_buried
+CROSS JOIN batch USING (row) WHERE buried_id IS NOT NULL AND buried_id <= ? ORDER BY buried_id DESC"""  # noqa: S608 - columns of ours
+
+_BURIED_OF_APP = f"""
+SELECT {COLUMNS} FROM outcome INDEXED BY outcome_buried_app
 CROSS JOIN batch USING (row)
-WHERE buried_app = ? AND buried_id IS NOT NULL AND buried_id <= ? ORDER BY buried_id DESC"""
+WHERE buried_app = ? AND buried_id IS NOT NULL AND buried_id <= ? ORDER BY buried_id DESC"""  # noqa: S608
+
+_STEP_ROWS = 20_000
+"""Jobs that are counted at a time: some milliseconds."""
+
+_DEPTHS = f"""
+SELECT line / 2, total(size) FILTER (WHERE leased_until IS NULL), count(leased_until),
+    min(due_at) FILTER (WHERE leased_until IS NULL), max(row), count(*)
+FROM (SELECT row, line, size, due_at, leased_until FROM job WHERE row > ? ORDER BY row LIMIT {_STEP_ROWS})
+GROUP BY line / 2"""  # noqa: S608 - an integer of ours
 
 _LAST_ID = "ffffffff-ffff-ffff-ffff-ffffffffffff"
 
 
 def receipt_rows(db: apsw.Connection, keys: tuple[bytes, ...]) -> list[Row]:
-    """For each of these batches that there is, a row as `outcomes.receipt` wants it."""
+    """For each of these batches that there is, a row as `outcomes.receipt` wants it; last, what `places_of` reads."""
     rows: list[Row] = db.execute(_RECEIPTS, (apsw.carray(keys),)).fetchall()
+    if None in [row[-1] for row in rows]:
+        with contextlib.closing(Bodies(db)) as bodies:
+            return [bodies.whole(row) for row in rows]
     return rows
+
+
+class Bodies:
+    """Reads the beginnings of long bodies, page by page: of up to half a megabyte, at most some 40 kB are wanted."""
+
+    def __init__(self, db: apsw.Connection) -> None:
+        self._db = db
+        self._blob: apsw.Blob | None = None
+
+    def close(self) -> None:
+        if self._blob is not None:
+            self._blob.close(force=True)
+
+    def whole(self, row: Row) -> Row:
+        """A row of `COLUMNS`; where it lacks the body, the beginning of that is its last entry now."""
+        return row if row[-1] is not None else (*row[:-1], self._start(row[-3], row[-2]))
+
+    def _start(self, row: int, size: int) -> bytes:
+        try:
+            if self._blob is None:
+                self._blob = self._db.blob_open("main", "batch", "body", row, False)
+            else:
+                self._blob.reopen(row)
+            start = self._blob.read(min(HEAD_GUESS, size))
+            octets = head_octets(start, size)
+            return start + self._blob.read(octets - len(start)) if octets > len(start) else start
+        except apsw.Error:  # purged meanwhile, or damaged: what else is known is told
+            self.close()
+            self._blob = None
+            return b""
 
 
 def canonical_before(before: str | None) -> str:
@@ -68,19 +123,25 @@ def canonical_before(before: str | None) -> str:
     return canonical
 
 
-def find_buried(db: apsw.Connection, app: str | None, before: str, limit: int) -> list[Receipt]:
+def find_buried(db: apsw.Connection, apps: Collection[str] | None, before: str, limit: int) -> list[Receipt]:
     """What was given up on, newest first, before the canonical id `before`."""
     found: list[Receipt] = []
     key = key_of(before[:-4])
-    rows = db.execute(_BURIED, (key,)) if app is None else db.execute(_BURIED_OF_APP, (app, key))
-    with contextlib.closing(rows):  # it may not be read to its end
-        for row in rows:
-            details = details_of(row[-1])
-            buried = [index for index, state in enumerate(row[4]) if state == State.BURIED]
+    with contextlib.ExitStack() as ends:
+        if apps is None:
+            ways = [db.execute(_BURIED, (key,))]
+        else:
+            ways = [db.execute(_BURIED_OF_APP, (app, key)) for app in apps]
+        for each in ways:
+            ends.callback(each.close)  # it may not be read to its end
+        bodies = ends.enter_context(contextlib.closing(Bodies(db)))
+        for row in merge(*ways, key=itemgetter(0), reverse=True):
+            details, places = details_of(row[7]), places_of(bodies.whole(row)[-1])
+            buried = [index for index, state in enumerate(row[5]) if state == State.BURIED]
             for name in (notification_id(id_of(row[0]), index) for index in reversed(buried)):
                 if len(found) >= limit:
                     return found
-                if name < before and (known := receipt(name, row, details)):
+                if name < before and (known := receipt(name, row, details, places)):
                     found.append(known)
     return found
 
@@ -104,6 +165,13 @@ def held_page(db: apsw.Connection, sql: str, place: Row) -> list[Row]:
     return rows
 
 
+def find_once(db: apsw.Connection, key: bytes, now: float) -> Once | None:
+    """What is kept under this key at `now`, by the store's own clock."""
+    sql = "SELECT key, request, answer FROM once WHERE key = ? AND kept_at > ?"
+    found: Row | None = db.execute(sql, (key, now - ONCE_LAPSES_S)).fetchone()
+    return None if found is None else Once(*found)
+
+
 def find_apps(db: apsw.Connection) -> dict[str, bytes]:
     rows: list[Row] = db.execute("SELECT name, record FROM app ORDER BY name").fetchall()
     return dict(rows)
@@ -113,3 +181,25 @@ def api_key_rows(db: apsw.Connection) -> list[Row]:
     """As `sqlite_rows.api_key` wants them, oldest first."""
     rows: list[Row] = db.execute("SELECT * FROM api_key ORDER BY created_at, id").fetchall()
     return rows
+
+
+def depth_rows(db: apsw.Connection, place: int) -> tuple[list[Row], int | None]:
+    """Of some jobs after the row `place`, and where to go on, if there may be more.
+
+    For each lane its number, notifications that nobody has leased, batches that somebody has, when the first of the
+    former is due.
+    """
+    found: list[Row] = db.execute(_DEPTHS, (place,)).fetchall()
+    more = sum(row[5] for row in found) == _STEP_ROWS
+    return [row[:4] for row in found], max(row[4] for row in found) if more else None
+
+
+def lanes(db: apsw.Connection) -> list[Row]:
+    """Number, app and environment."""
+    rows: list[Row] = db.execute("SELECT number, app, environment FROM lane ORDER BY number").fetchall()
+    return rows
+
+
+def probe(db: apsw.Connection) -> None:
+    """Raises apsw.Error where the file cannot be read."""
+    db.execute("SELECT count(*) FROM lane").fetchall()

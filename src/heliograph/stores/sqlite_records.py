@@ -1,8 +1,8 @@
 """What is written to the SQLite store's file and changes nothing that waits or is leased (for that see `sqlite_jobs`).
 
-Outcomes, device tokens that are held back, apps, API keys, and the removal of what is old. Nothing is kept in memory here. Each
-function is a `group_commit.Work`, done for all calls of a group at once, but for `record_outcomes`, which is part of
-such.
+Outcomes, device tokens that are held back, apps, API keys, and the removal of what is old. Nothing is kept in memory
+here. Each function is a `group_commit.Work`, done for all calls of a group at once, but for those which are part of
+such: `record_outcomes`, `known_once` and `keep_once`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,15 @@ from collections.abc import Collection, Sequence
 
 import apsw
 
+from heliograph.model import Once
 from heliograph.stores.sqlite_file import Row
 from heliograph.stores.sqlite_rows import write_rows
 
 REMOVAL_LAPSES_S = 180 * 86400.0
 """How long a removal holds. Whoever never registers device tokens with us would otherwise hold one back for ever."""
+
+ONCE_LAPSES_S = 86400.0
+"""How long a request may be repeated without being taken again."""
 
 STEP_S = 0.003
 """How long one step of a purge may keep the writer, about."""
@@ -46,6 +50,11 @@ _OLD = """
 SELECT id, row, EXISTS (SELECT 1 FROM job WHERE job.row = batch.row) FROM batch
 WHERE id > ? AND id < ? ORDER BY id LIMIT 16"""
 
+# What has lapsed may still be there, and is as though it were not.
+_KEEP_ONCE = """
+INSERT INTO once (key, request, answer, kept_at) VALUES {rows} ON CONFLICT (key) DO UPDATE
+SET request = excluded.request, answer = excluded.answer, kept_at = excluded.kept_at"""
+
 _LAPSED = (
     """
 DELETE FROM removal WHERE (app, environment, token) IN (
@@ -53,6 +62,9 @@ DELETE FROM removal WHERE (app, environment, token) IN (
     """
 DELETE FROM quarantine WHERE (app, environment, token) IN (
     SELECT app, environment, token FROM quarantine INDEXED BY quarantine_until WHERE until <= ? LIMIT 64)""",
+    """
+DELETE FROM once WHERE key IN (
+    SELECT key FROM once INDEXED BY once_kept WHERE kept_at <= ? LIMIT 16)""",
 )
 
 
@@ -69,6 +81,16 @@ def record(db: apsw.Connection, calls: Sequence[tuple[list[Row], list[Row], list
     write_rows(db, _REMOVE, [row for _, dead, _ in calls for row in dead])
     write_rows(db, _QUARANTINE, [row for _, _, held in calls for row in held])
     return recorded
+
+
+def known_once(db: apsw.Connection, keys: Sequence[bytes], now: float) -> set[bytes]:
+    """Which of these are kept. `now` is by the store's own clock, here and below."""
+    sql = "SELECT key FROM carray(?) AS wanted CROSS JOIN once ON key = wanted.value WHERE kept_at > ?"
+    return {key for (key,) in db.execute(sql, (apsw.carray(tuple(keys)), now - ONCE_LAPSES_S))}
+
+
+def keep_once(db: apsw.Connection, those: Sequence[Once], now: float) -> None:
+    write_rows(db, _KEEP_ONCE, [(each.key, each.request, each.answer, now) for each in those])
 
 
 def save_apps(db: apsw.Connection, calls: Sequence[Row]) -> list[None]:
@@ -93,8 +115,8 @@ def save_keys(db: apsw.Connection, calls: Sequence[Row]) -> list[None]:
 
 def delete_keys(db: apsw.Connection, calls: Sequence[str]) -> list[bool]:
     answers = []
-    for id in calls:
-        db.execute("DELETE FROM api_key WHERE id = ?", (id,))
+    for key_id in calls:
+        db.execute("DELETE FROM api_key WHERE id = ?", (key_id,))
         answers.append(db.changes() > 0)
     return answers
 
@@ -121,13 +143,13 @@ def purge(db: apsw.Connection, calls: Sequence[tuple[bytes, bytes]]) -> list[tup
 
 
 def lapse(db: apsw.Connection, calls: Sequence[float]) -> list[bool]:
-    """Delete removals and quarantines that lapsed, for one step; whether there may be more.
+    """Delete removals, quarantines and what was taken once that lapsed, for one step; whether there may be more.
 
     A call's argument is the time, by the store's own clock.
     """
     now = max(calls)
     ends_at = time.monotonic() + STEP_S
-    for sql, until in zip(_LAPSED, (now - REMOVAL_LAPSES_S, now), strict=True):
+    for sql, until in zip(_LAPSED, (now - REMOVAL_LAPSES_S, now, now - ONCE_LAPSES_S), strict=True):
         while True:
             db.execute(sql, (until,))
             if not db.changes():
@@ -135,3 +157,9 @@ def lapse(db: apsw.Connection, calls: Sequence[float]) -> list[bool]:
             if time.monotonic() >= ends_at:
                 return [True] * len(calls)
     return [False] * len(calls)
+
+
+def probe(db: apsw.Connection, calls: Sequence[None]) -> list[None]:
+    """Have something written that changes nothing: SQLite writes the page of a number that we do not use."""
+    db.execute("PRAGMA user_version = 0")
+    return [None] * len(calls)

@@ -12,6 +12,7 @@ import msgspec
 
 from heliograph.errors import StoreError
 from heliograph.model import ApiKey, Detail, Outcomes, Scope, State
+from heliograph.stores.body import Places
 from heliograph.stores.outcomes import decode_details, encode_details
 from heliograph.stores.sqlite_file import Row
 
@@ -56,6 +57,14 @@ def details_of(stored: bytes | None) -> dict[int, Detail]:
         return {}
 
 
+def places_of(start: bytes) -> Places | None:
+    """What the beginning of a stored body says of its places. None where it is damaged: the states still count."""
+    try:
+        return Places(start)
+    except StoreError:
+        return None
+
+
 def octets_of(token: str) -> bytes:
     """What its hex digits spell; what is no hex as it is."""
     digits = token.encode()
@@ -73,10 +82,10 @@ def api_key_row(key: ApiKey) -> Row:
 
 def api_key(row: Row) -> ApiKey | None:
     """None where it is damaged: such a key opens nothing, and the others must not suffer."""
-    id, name, digest, scopes, apps, created_at, expires_at = row
+    key_id, name, digest, scopes, apps, created_at, expires_at = row
     try:
         only = None if apps is None else _decode_apps(apps)
-        return ApiKey(id, name, digest, _decode_scopes(scopes), only, created_at, expires_at)
+        return ApiKey(key_id, name, digest, _decode_scopes(scopes), only, created_at, expires_at)
     except msgspec.DecodeError:
         return None
 

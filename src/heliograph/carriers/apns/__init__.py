@@ -8,13 +8,14 @@ once, each sooner than that. So a lane that stands still never takes the room of
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from heliograph.carriers.apns.pool import Pool, PoolSettings
 from heliograph.carriers.apns.route import Endpoint, Route
-from heliograph.model import Batch, Environment, Lane, NotProcessed
+from heliograph.model import Batch, Environment, Lane, LaneView, NotProcessed
 from heliograph.net.dial import LookUps
 from heliograph.ports import Report
+from heliograph.telemetry import Telemetry
 
 __all__ = ["ApnsCarrier", "Endpoint", "PoolSettings", "Route"]
 
@@ -40,6 +41,7 @@ class ApnsCarrier:
         find_route: Callable[[str, Environment, str], Route | None],
         *,
         settings: PoolSettings | None = None,
+        telemetry: Telemetry | None = None,
         clock: Callable[[], float],
     ) -> None:
         """`find_route`: the way for an app, environment and topic (with its suffix).
@@ -49,6 +51,7 @@ class ApnsCarrier:
         """
         self._find_route = find_route
         self._settings = settings or PoolSettings()
+        self._telemetry = telemetry or Telemetry()
         self._clock = clock
         self._look_ups = LookUps()
         self._ways: dict[Way, Pool] = {}
@@ -85,6 +88,12 @@ class ApnsCarrier:
             if some:
                 self._put(pool, batch, some, report)
 
+    def withdraw(self, those: Mapping[str, Collection[int]]) -> None:
+        """See `ports.Carrier.withdraw`."""
+        wanted = {batch_id.encode(): frozenset(indices) for batch_id, indices in those.items()}
+        for pool in list(self._busy):
+            pool.withdraw(wanted)
+
     def _put(self, pool: Pool | None, batch: Batch, indices: Sequence[int], report: Report) -> None:
         if pool is None:  # there were some when the batch was taken in
             report(indices, NotProcessed(f"there are no credentials for {_what(batch, indices)}"))
@@ -114,7 +123,9 @@ class ApnsCarrier:
     def _open(self, route: Route) -> Pool:
         if self._tidying is None:
             self._tidy_later()
-        pool = self._pools[route] = Pool(route, self._settings, self._clock, self._look_ups, self._room.set)
+        pool = self._pools[route] = Pool(
+            route, self._settings, self._clock, self._look_ups, self._room.set, self._telemetry
+        )
         return pool
 
     # -- room ----------------------------------------------------------------------------------------------------
@@ -152,6 +163,13 @@ class ApnsCarrier:
     @property
     def _stuck(self) -> int:
         return sum(pool.waiting for pool in self._busy if pool.trouble is not None)
+
+    def lanes(self) -> list[LaneView]:
+        """See `ports.Carrier.lanes`."""
+        lanes: dict[Pool, dict[Lane, None]] = {}
+        for (app, environment, _), pool in self._ways.items():
+            lanes.setdefault(pool, {})[app, environment] = None
+        return [view for pool, those in lanes.items() for view in pool.view(those)]
 
     # -- ends ----------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ lane with both kinds has two turns in a round.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection, Mapping
 
 from heliograph.carriers.apns.slices import Slice
 from heliograph.model import Lane
@@ -111,6 +112,28 @@ class Backlog:
             self._ring = deque(each for each in self._ring if each)
             self._turn = TURN
         return work
+
+    def withdraw(self, wanted: Mapping[bytes, Collection[int]]) -> list[int]:
+        """Take these notifications out where they wait, by the prefix of their batch (see `Slice`); their keys."""
+        keys: list[int] = []
+        for queue in self._ring:
+            taken: list[int] = []
+            for work in queue:
+                indices = wanted.get(work.prefixes[0])
+                if indices is not None:
+                    taken += work.withdraw(indices)
+            if taken:
+                queue.share.waiting -= len(taken)
+                left = [work for work in queue if work.left]
+                queue.clear()
+                queue.extend(left)
+                keys += taken
+        if keys:
+            self.waiting -= len(keys)
+            if not self._ring[0]:
+                self._turn = TURN
+            self._ring = deque(queue for queue in self._ring if queue)
+        return keys
 
     def pop_all(self) -> list[Slice]:
         """Take everything out."""

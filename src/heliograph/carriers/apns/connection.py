@@ -20,6 +20,7 @@ from heliograph.protocols.http2 import (
     Accepted,
     Answered,
     ClientConnection,
+    ErrorCode,
     Event,
     Failed,
     GoAway,
@@ -76,6 +77,9 @@ class Connection:
         self.authorized_at = 0.0
         """Since when."""
         self._goodbye: str | None = None
+        self.end = "closed"
+        """Why it ended, as a word out of a small set: our own reason for ending it, GOAWAY with Apple's known reasons,
+        reset, silent, protocol error, closed."""
 
     @property
     def usable(self) -> bool:
@@ -108,9 +112,11 @@ class Connection:
                 self._loop.call_soon(self._loop.call_soon, crash.point, "sent")
         return taken
 
-    def finish(self) -> None:
-        """Say GOAWAY, let what is open be answered, close."""
+    def finish(self, why: str) -> None:
+        """Say GOAWAY, let what is open be answered, close. `why` is a word for `end`."""
         self.dismissed = True
+        if self._goodbye is None:
+            self.end = why
         self._core.goodbye()
         self._link.finish()
 
@@ -141,7 +147,7 @@ class Connection:
             elif isinstance(event, GoAway):
                 self._goodbye_from(event)
             elif isinstance(event, Failed):
-                self._goodbye = self._goodbye or (str(self._link.error) if self._link.error else event.why)
+                self._fail(event)
             elif isinstance(event, SettingsChanged) and not self.greeted.done():
                 self.greeted.set_result(True)
         for answer, keys in answers.items():
@@ -171,10 +177,20 @@ class Connection:
         self.answered = True
         self._owner.proved()
 
+    def _fail(self, event: Failed) -> None:
+        error = self._link.error
+        if self._goodbye is None:
+            self._goodbye = event.why if error is None else str(error)
+            if not self.dismissed:
+                ours = "silent" if event.code == ErrorCode.NO_ERROR else "protocol error"
+                self.end = "reset" if error is not None else ours if event.ours else "closed"
+
     def _goodbye_from(self, event: GoAway) -> None:
         word = _goaway_reason(event)
         self._goodbye = f"GOAWAY {word or event.code}"
         reason = None if word is None else reasons.TABLE.get(word)
+        if not self.dismissed:
+            self.end = "GOAWAY" if reason is None else f"GOAWAY {reason.word}"
         if reason is not None and reason.status == 403:
             self._owner.refused(self, reason)
         self._link.finish()

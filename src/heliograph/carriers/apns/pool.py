@@ -12,11 +12,12 @@ machine's clock is wrong: the pool then rests, and asks again now and then.
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import socket
 import ssl
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import cast
 
@@ -28,10 +29,10 @@ from heliograph import reasons
 from heliograph.carriers.apns.backlog import Backlog
 from heliograph.carriers.apns.connection import NEW_S, Connection, speaks_against_us
 from heliograph.carriers.apns.credentials import LEAST_S, Authorization, TokenSource
-from heliograph.carriers.apns.route import Route
-from heliograph.carriers.apns.slices import Slice, slices
+from heliograph.carriers.apns.route import Endpoint, Route
+from heliograph.carriers.apns.slices import INDEX_BITS, Slice, slices
 from heliograph.errors import ConfigError
-from heliograph.model import Answered, Batch, Headers, Lane, NotProcessed, Outcome
+from heliograph.model import Answered, Batch, Headers, Lane, LaneView, NotProcessed, Outcome
 from heliograph.net import http2
 from heliograph.net.dial import Address, LookUps, dial
 from heliograph.net.proxy import Proxy, parse_proxy
@@ -40,10 +41,10 @@ from heliograph.protocols import apns
 from heliograph.protocols.http2 import ClientConnection, Template
 from heliograph.protocols.http2.client import CLIENT_LIMITS
 from heliograph.reasons import FollowUp, Reason
+from heliograph.telemetry import LaneMeter, Telemetry
 
 _log = structlog.get_logger("heliograph.apns")
 
-_INDEX_BITS = 16
 _TOP_UP = 32
 """With more than this many streams open, a connection that is full waits until it can take so many at once."""
 _UNIQUE_ID = frozenset((b"apns-unique-id",))
@@ -55,6 +56,7 @@ _NAME_BACKOFF_S = 5.0
 """The longest pause after a failed look-up: it asks nobody at Apple."""
 _REST_S = 20.0
 """How long a pool rests whose provider token Apple calls expired; less than anybody's patience."""
+_ILL_ADVICE = "it is Apple's own trouble (its System Status page may tell more): what waits is tried again by itself"
 _ALARM_S = 60.0
 """The same trouble is not logged more often."""
 
@@ -87,11 +89,29 @@ class PoolSettings(Struct, frozen=True):
 class _Carried:
     """A batch, or some of it, on its way."""
 
-    __slots__ = ("left", "report")
+    __slots__ = ("lane", "left", "meter", "report", "sent")
 
-    def __init__(self, left: int, report: Report) -> None:
+    def __init__(self, left: int, report: Report, lane: Lane, meter: LaneMeter) -> None:
         self.left = left
         self.report = report
+        self.lane = lane
+        self.meter = meter
+        self.sent: list[tuple[float, int]] = []
+        """When how many were sent that are not answered, oldest first."""
+
+    def came_back(self, count: int, answered_at: float | None) -> None:
+        """So many that were sent are over. Those sent first are taken to be answered first: it keeps the sum right."""
+        sent = self.sent
+        while count:
+            at, number = sent[0]
+            if number > count:
+                sent[0] = at, number - count
+                number = count
+            else:
+                del sent[0]
+            if answered_at is not None:
+                self.meter.answer_s.observe(answered_at - at, number)
+            count -= number
 
 
 class Pool:
@@ -104,6 +124,7 @@ class Pool:
         clock: Callable[[], float],
         look_ups: LookUps,
         on_room: Callable[[], None],
+        telemetry: Telemetry,
     ) -> None:
         """`on_room` is called when less waits, or when `trouble` comes or goes."""
         self.route = route
@@ -113,6 +134,7 @@ class Pool:
         self._clock = clock
         self._look_ups = look_ups
         self._on_room = on_room
+        self._telemetry = telemetry
         self._tokens = None if route.key is None else TokenSource(route.key)
         self._loop = asyncio.get_running_loop()
         self._backlog = Backlog()
@@ -144,6 +166,16 @@ class Pool:
         """When each was logged last."""
         self.trouble: str | None = None
         """Why nothing gets through; None since a good answer came."""
+        self._advice = ""
+        """What to do about it."""
+        self._own = False
+        """It is about the credentials, and says nothing of other pools."""
+        self._trouble_since = self._trouble_seen = 0.0
+        self._answered_at = -math.inf
+        """When an answer came that speaks neither against us nor of trouble at Apple's."""
+        self._ill: str | None = None
+        """Apple's reason for the last 5xx."""
+        self._ill_since = self._ill_seen = -math.inf
 
     # -- in ------------------------------------------------------------------------------------------------------
 
@@ -163,10 +195,11 @@ class Pool:
             report(indices, NotProcessed(self._closing))
             return
         self._last_number += 1
-        self._carried[self._last_number] = _Carried(len(indices), report)
+        lane = batch.app, batch.environment
+        self._carried[self._last_number] = _Carried(len(indices), report, lane, self._telemetry.lane(*lane))
         self._apps.add(batch.app)
         self._used_at = now = self._loop.time()
-        for work in slices(batch, indices, self._last_number << _INDEX_BITS, now):
+        for work in slices(batch, indices, self._last_number << INDEX_BITS, now):
             self._backlog.put(work)
         self._pump_soon()
 
@@ -211,6 +244,9 @@ class Pool:
                 return True
             work, count = backlog.offer(free)
             taken = connection.submit(work.requests(self._template(work.headers), count))
+            if taken:
+                carried = self._carried[work.keys[work.place] >> INDEX_BITS]
+                carried.sent.append((connection.used_at, taken))
             backlog.take(taken)
             if taken < count:
                 return True
@@ -242,8 +278,15 @@ class Pool:
             self._patience = self._loop.call_later(delay, self._watch_backlog)
 
     def _hand_back(self, work: Slice, why: str) -> None:
-        self.settle(list(work.keys[work.place :]), NotProcessed(why))
+        self._settle(list(work.keys[work.place :]), NotProcessed(why), sent=False)
         self._on_room()
+
+    def withdraw(self, wanted: Mapping[bytes, Collection[int]]) -> None:
+        """Hand back those of these that still wait; see `Backlog.withdraw`."""
+        keys = self._backlog.withdraw(wanted)
+        if keys:
+            self._settle(keys, NotProcessed("it was taken back before it was sent"), sent=False)
+            self._on_room()
 
     # -- provider tokens -----------------------------------------------------------------------------------------
 
@@ -264,7 +307,7 @@ class Pool:
         """Have a connection carry what is now in use; False where that would be too soon after what it carries."""
         now = self._loop.time()
         if connection.authorization not in (None, self._authorization) and now < connection.authorized_at + LEAST_S:
-            connection.finish()
+            connection.finish("provider token")
             return False
         connection.authorization = self._authorization
         connection.authorized_at = now
@@ -279,14 +322,15 @@ class Pool:
         self._expired = carried
         for each in self._connections:
             if each.authorization == carried:  # Apple takes nothing more on them, whatever they carry
-                each.finish()
+                each.finish("provider token")
         if self._authorization != carried:
             _log.info("provider_token_renewed", credentials=self._credentials)
             self._pump_soon()
             return
         self._rests_until = self._loop.time() + _REST_S
         self._set_trouble(
-            "Apple calls the provider token expired, though it is the newest: this machine's clock is wrong"
+            "Apple calls the provider token expired, though it is the newest: this machine's clock is wrong",
+            "set this machine's clock",
         )
         self._alarm(
             "clock_wrong",
@@ -300,15 +344,20 @@ class Pool:
     # -- back ----------------------------------------------------------------------------------------------------
 
     def settle(self, keys: list[int], outcome: Outcome) -> None:
-        """Report these to the batches that they belong to, a group each."""
-        if self.trouble is not None and isinstance(outcome, Answered):
-            self._relieve(outcome)
+        """Report these, which were sent, to the batches that they belong to, a group each."""
+        self._settle(keys, outcome, sent=True)
+
+    def _settle(self, keys: list[int], outcome: Outcome, *, sent: bool) -> None:
+        answered_at = None
+        if isinstance(outcome, Answered):
+            answered_at = self._loop.time()
+            self._relieve(outcome, answered_at)
         keys.sort()
         start, size = 0, len(keys)
         while start < size:
-            number = keys[start] >> _INDEX_BITS
-            base = number << _INDEX_BITS
-            stop = size if keys[-1] >> _INDEX_BITS == number else bisect_left(keys, base + (1 << _INDEX_BITS), start)
+            number = keys[start] >> INDEX_BITS
+            base = number << INDEX_BITS
+            stop = size if keys[-1] >> INDEX_BITS == number else bisect_left(keys, base + (1 << INDEX_BITS), start)
             count = stop - start
             first, last = keys[start] - base, keys[stop - 1] - base
             indices: Sequence[int] = (
@@ -316,6 +365,8 @@ class Pool:
             )
             carried = self._carried[number]
             carried.left -= count
+            if sent:
+                carried.came_back(count, answered_at)
             if not carried.left:
                 del self._carried[number]
             carried.report(indices, outcome)
@@ -327,11 +378,11 @@ class Pool:
             self._expire(connection)
             return
         if reason.follow_up is FollowUp.NEW_CONNECTION and connection.usable:
-            connection.finish()
+            connection.finish("refused")
             if not connection.answered:  # to come back at once would be a storm
                 self._failed(f"{self._endpoint.host} has no use for a new connection: {reason.word}")
         if reason.status == 403:
-            self._set_trouble(f"Apple refuses the credentials: {reason.word}")
+            self._set_trouble(f"Apple refuses the credentials: {reason.word}", reason.meaning, own=True)
             if reason.follow_up is FollowUp.FIX_CREDENTIALS:
                 self._refused_until = self._loop.time() + _REST_S
         if reason.status == 403 or reason is reasons.TOO_MANY_PROVIDER_TOKEN_UPDATES:
@@ -341,15 +392,29 @@ class Pool:
         """A new connection is good. An old one's answers say nothing of new ones, which may be refused meanwhile."""
         self._failures = 0
 
-    def _relieve(self, answer: Answered) -> None:
+    def _relieve(self, answer: Answered, now: float) -> None:
         """An answer came, and perhaps a good one."""
-        if answer.status == 200 or not speaks_against_us(reasons.find(answer.reason, answer.status)):
+        if answer.status != 200:
+            reason = reasons.find(answer.reason, answer.status)
+            if speaks_against_us(reason):
+                return
+            if answer.status >= 500:
+                if self._ill_seen <= self._answered_at:
+                    self._ill_since = now
+                self._ill, self._ill_seen = reason.word, now
+        if answer.status < 500:
+            self._answered_at = now
+        if self.trouble is not None:
             self._rests_until = self._refused_until = 0.0
-            self._set_trouble(None)
+            self.trouble = None
+            self._on_room()
 
-    def _set_trouble(self, why: str | None) -> None:
+    def _set_trouble(self, why: str, advice: str, *, own: bool = False) -> None:
+        self._trouble_seen = self._loop.time()
+        if self.trouble is None:
+            self._trouble_since = self._trouble_seen
         if why != self.trouble:
-            self.trouble = why
+            self.trouble, self._advice, self._own = why, advice, own
             self._on_room()
 
     def _alarm(self, event: str, reason: Reason, hint: str, **more: str | None) -> None:
@@ -410,6 +475,8 @@ class Pool:
                 self._failed(f"{self._endpoint.host} ended a new connection: {connection.goodbye}")
             else:
                 self._connections.append(connection)
+                self._telemetry.connected(self._endpoint.host)
+                _log.debug("apns_connection_opened", host=self._endpoint.host, connections=len(self._connections))
         finally:
             self._connecting = None
         self._pump_soon()
@@ -470,8 +537,9 @@ class Pool:
             self._longest_pause = min(_NAME_BACKOFF_S, settings.backoff_s)
         else:
             self._longest_pause = settings.tls_backoff_s if tls else settings.backoff_s
+        self._telemetry.not_connected(self._endpoint.host)
         if not any(connection.usable and connection.answered for connection in self._connections):
-            self._set_trouble(why)
+            self._set_trouble(why, _advice(self._endpoint, tls=tls))
         log = _log.error if tls or isinstance(error, ConfigError) else _log.warning
         log("apns_connect_failed", why=why, failures=self._failures, waiting=self.waiting)
 
@@ -480,6 +548,9 @@ class Pool:
         if connection not in self._connections:  # it never was a whole one
             return
         self._connections.remove(connection)
+        self._telemetry.disconnected(self._endpoint.host, connection.end)
+        if connection.dismissed:
+            _log.debug("apns_connection_ended", host=self._endpoint.host, why=connection.end)
         if self._closing is not None:
             return
         if not connection.dismissed:
@@ -487,6 +558,38 @@ class Pool:
             if not connection.answered:  # to come back at once would be a storm
                 self._failed(f"{self._endpoint.host} ended a new connection: {connection.goodbye}")
         self._pump_soon()
+
+    # -- what there is to see ------------------------------------------------------------------------------------
+
+    def view(self, lanes: Collection[Lane]) -> Iterator[LaneView]:
+        """How these lanes fare here."""
+        in_flight: dict[Lane, int] = dict.fromkeys(lanes, 0)
+        for carried in self._carried.values():
+            in_flight[carried.lane] = in_flight.get(carried.lane, 0) + sum(count for _, count in carried.sent)
+        waiting = self._backlog.lanes
+        ahead = self._clock() - self._loop.time()
+        trouble, advice, own = self.trouble, self._advice, self._own
+        since, seen = self._trouble_since, self._trouble_seen
+        if trouble is None and self._ill_seen > self._answered_at:
+            trouble, advice, own = f"Apple answers {self._ill} ({self._endpoint.host})", _ILL_ADVICE, False
+            since, seen = self._ill_since, self._ill_seen
+        rests_until = max(self._rests_until, self._refused_until)
+        for lane in lanes:
+            yield LaneView(
+                *lane,
+                host=self._endpoint.host,
+                credentials=self._credentials,
+                connections=len(self._connections),
+                in_flight=in_flight[lane],
+                waiting=waiting.get(lane, 0),
+                answered_at=None if self._answered_at == -math.inf else self._answered_at + ahead,
+                trouble=trouble,
+                advice=advice if trouble else "",
+                own=own and trouble is not None,
+                since=since + ahead if trouble else None,
+                failed_at=seen + ahead if trouble else None,
+                rests_until=rests_until + ahead if self._resting else None,
+            )
 
     # -- ends ----------------------------------------------------------------------------------------------------
 
@@ -498,7 +601,7 @@ class Pool:
         for connection in reversed(usable):  # the first ones are used first
             enough = settings.idle_s if left == 1 else settings.spare_idle_s
             if not connection.open_streams and now >= connection.used_at + enough:
-                connection.finish()
+                connection.finish("idle")
                 left -= 1
         return not (self._carried or self._connections or self._connecting) and now >= self._used_at + settings.idle_s
 
@@ -515,7 +618,7 @@ class Pool:
         for work in self._backlog.pop_all():
             self._hand_back(work, why)
         for connection in self._connections:
-            connection.finish()
+            connection.finish("retired")
 
     @property
     def ended(self) -> bool:
@@ -535,6 +638,17 @@ class Pool:
             for connection in connections:
                 connection.abort()  # what is open on it is reported as unknown
             await asyncio.wait(late)
+
+
+def _advice(endpoint: Endpoint, *, tls: bool) -> str:
+    where = f"{endpoint.host}:{endpoint.port}"
+    if tls:
+        return (
+            f"the TLS handshake failed: see that nothing between here and {where} opens TLS, and that the "
+            "certificates, if any are configured, are good; heliograph doctor looks"
+        )
+    by = "" if endpoint.proxy is None else " by its proxy"
+    return f"see that this machine reaches {where}{by} (DNS, firewall); heliograph doctor looks. What waits is kept"
 
 
 def _iso(moment: float) -> str:

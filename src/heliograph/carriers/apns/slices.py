@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from msgspec.structs import replace
 
@@ -12,6 +12,10 @@ from heliograph.protocols.http2 import Requests, Template
 
 _SUFFIXES = [b"%04x" % place for place in range(1, MAX_BATCH + 1)]
 """The last four digits of the ids in a batch, by index."""
+
+INDEX_BITS = 16
+"""The low bits of a request's key are the index in the batch."""
+INDEX_MASK = (1 << INDEX_BITS) - 1
 
 Literals = tuple[tuple[bytes, bytes], ...]
 """Fields that may differ from one notification to the next."""
@@ -50,6 +54,23 @@ class Slice:
     @property
     def left(self) -> int:
         return len(self.keys) - self.place
+
+    def withdraw(self, indices: Collection[int]) -> list[int]:
+        """Take those of these out that were not sent; their keys."""
+        taken: list[int] = []
+        kept: list[int] = []
+        for place in range(self.place, len(self.keys)):
+            (taken if self.keys[place] & INDEX_MASK in indices else kept).append(place)
+        if taken:
+            taken = [self.keys[place] for place in taken]
+            self.keys = [self.keys[place] for place in kept]
+            self.paths = [self.paths[place] for place in kept]
+            self.suffixes = [self.suffixes[place] for place in kept]
+            # Of the others, one entry stands for all.
+            self.bodies = [self.bodies[place] for place in kept] if len(self.bodies) > 1 else self.bodies
+            self.literals = [self.literals[place] for place in kept] if len(self.literals) > 1 else self.literals
+            self.place = 0
+        return taken
 
     def requests(self, template: Template, count: int) -> Requests:
         """The next `count` of them."""
