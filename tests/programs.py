@@ -20,16 +20,20 @@ class Program:
 
 PROGRAMS = {
     "curl": Program("curl", in_ci=True),
+    "fish": Program("fish", in_ci=True),
     "gcc": Program("gcc", in_ci=True),
     "h2load": Program("nghttp2-client", in_ci=True),
     "nghttp": Program("nghttp2-client", in_ci=True),
     "nghttpd": Program("nghttp2-server", in_ci=True),
     "nghttpx": Program("nghttp2-proxy", in_ci=True),
     "openssl": Program("openssl", in_ci=True),
+    "zsh": Program("zsh", in_ci=True),
+    "cargo": Program("cargo", in_ci=False),
     "go": Program("golang", in_ci=False),
     "java": Program("default-jdk-headless", in_ci=False),
     "mvn": Program("maven", in_ci=False),
     "node": Program("nodejs", in_ci=False),
+    "npm": Program("npm", in_ci=False),
 }
 
 LIBRARIES = ("libc6-dev", "libnghttp2-dev", "libssl-dev")

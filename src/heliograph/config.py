@@ -1,18 +1,20 @@
 """The configuration: one tree of frozen structs, read from a TOML file and from HELIOGRAPH_* variables.
 
 A variable spells the way to its setting with two underscores: `HELIOGRAPH_API__PORT` is `port` in `[api]`; it wins over
-the file, and a list is written with commas. Relative paths start at the file's folder, without a file at the current
-one. What is not a setting is refused by name. A secret never stands in the file or in a variable: `file:PATH` or
-`credential:NAME` (a file in $CREDENTIALS_DIRECTORY, as systemd gives) says where it is.
+the file, a list is written with commas, and an empty one is none. Relative paths start at the file's folder, without a
+file at the current one. What is not a setting is refused by name. A secret never stands in the file or in a variable:
+`file:PATH` or `credential:NAME` (a file in $CREDENTIALS_DIRECTORY, as systemd gives) says where it is.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import select
 import stat
+import time
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from enum import StrEnum
 from ipaddress import IPv6Address
 from pathlib import Path
@@ -29,18 +31,34 @@ from heliograph.model import Environment
 PREFIX = "HELIOGRAPH_"
 """What the names of our variables begin with."""
 
-NOT_SETTINGS = frozenset({"HELIOGRAPH_CONFIG", "HELIOGRAPH_URL", "HELIOGRAPH_KEY", "HELIOGRAPH_CRASH_AT"})
+NOT_SETTINGS = frozenset(
+    PREFIX + name for name in ("CONFIG", "URL", "KEY", "KEY_FILE", "LOG_LEVEL", "LOG_FORMAT", "CRASH_AT")
+)
 """Variables with the prefix that others read: the command line, `crash`."""
+_OTHERS = NOT_SETTINGS - {PREFIX + "CRASH_AT"}
 
 MAX_CREDENTIALS = 16
 """Of one app: opening each may take some time."""
 
 MAX_SECRET_BYTES = 64 * 1024
 """No file of keys or certificates is longer."""
+_MAX_CONFIG_BYTES = 4 * 1024 * 1024
+_WRITER_S = 5.0
+"""How long somebody may take to open a pipe for writing."""
+_WRITTEN_S = 120.0
+"""How long who has opened it may take to write: a program may ask a person for a passphrase first."""
 _OTHERS_MAY = 0o007
 _LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
 _is_host_name = re.compile(rf"(?=.{{1,253}}\Z){_LABEL}(?:\.{_LABEL})*\.?").fullmatch
 _is_topic = re.compile(r"[!-~]{1,255}").fullmatch
+_PROTOCOL = r"(?:TCP|UDP|SCTP)"
+_is_of_kubernetes = re.compile(
+    rf"(?:\w+_)?(?:SERVICE_HOST=.*|SERVICE_PORT(?:_\w+)?=\d+|PORT=\w+://.*|PORT_\d+_{_PROTOCOL}(?:_\w+)?=.*)", re.DOTALL
+).fullmatch
+"""What each container finds in its environment where a service begins with our name (Kubernetes, "Accessing the
+Service")."""
+_Way = tuple[str, ...]
+"""To a setting: `("apps", "shop", "credentials[1]", "key")`."""
 is_app_name = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}").fullmatch
 """Whether an app may be called so."""
 
@@ -132,7 +150,7 @@ class AppSettings(CredentialSettings, frozen=True, kw_only=True):
             raise ValueError(f"has {len(self.credentials)} credentials, and {MAX_CREDENTIALS} are enough: remove some")
         for number, each in enumerate(self.each_credentials(), 1):
             try:
-                _check_credentials(each)
+                check_credentials(each)
             except ValueError as error:
                 raise ValueError(f"(credentials, table {number}) {error}" if self.credentials else str(error)) from None
         if self.topic is not None and self.topics:
@@ -171,6 +189,16 @@ class AppSettings(CredentialSettings, frozen=True, kw_only=True):
             )
             for each in self.credentials
         )
+
+
+class Setting(Struct, frozen=True):
+    """A setting that has a value, which never is a secret."""
+
+    way: tuple[str, ...]
+    """To it: `("apps", "shop", "credentials[1]", "key")`."""
+    value: Any
+    origin: str
+    """The file, the variable, or `default`."""
 
 
 class Config(Struct, frozen=True):
@@ -214,8 +242,8 @@ class AppContent(Struct, frozen=True, kw_only=True, omit_defaults=True):
         return f"<app with {len(self.credentials)} credentials>"
 
 
-def _check_credentials(given: CredentialSettings) -> None:
-    """Raises ValueError."""
+def check_credentials(given: CredentialSettings) -> None:
+    """Whether they belong together. Raises ValueError."""
     if given.key is not None and given.certificate is not None:
         raise ValueError("has both a key and a certificate: keep one, or give each a [[credentials]] table")
     if given.key is None and given.certificate is None:
@@ -285,18 +313,37 @@ def load(file: Path | None = None, environ: Mapping[str, str] = os.environ) -> C
 
     Raises ConfigError: what is wrong where, and what to change.
     """
+    return _load(file, environ)[0]
+
+
+def explain(file: Path | None = None, environ: Mapping[str, str] = os.environ) -> list[Setting]:
+    """What `load` gives, setting by setting, and where each is from. Raises ConfigError."""
+    config, reader = _load(file, environ)
+    return list(reader.explain(config))
+
+
+def _load(file: Path | None, environ: Mapping[str, str]) -> tuple[Config, _Reader]:
     tree = {} if file is None else _read_toml(file)
     reader = _Reader(str(file) if file else "The configuration")
-    for name in sorted(environ):
-        if name.startswith(PREFIX) and name not in NOT_SETTINGS:
-            reader.put(tree, name, environ[name])
+    reader.put_all(tree, {name.removeprefix(PREFIX): environ[name] for name in environ if _is_meant(name, environ)})
     config = reader.struct(Config, tree, ())
     folder = Path.cwd() if file is None else file.absolute().parent
-    return Config(
+    settled = Config(
         data=_absolute(folder, config.data),
         api=_settle(folder, "api", config.api, {"key": False}),
         store=_settle(folder, "store", config.store, {"master_key": False}),
         apps={name: _settle_app(folder, f"apps.{name}", app) for name, app in config.apps.items()},
+    )
+    return settled, reader
+
+
+def _is_meant(name: str, environ: Mapping[str, str]) -> bool:
+    """Whether this variable is one of ours, and says anything."""
+    return (
+        name.startswith(PREFIX)
+        and environ[name] != ""
+        and name not in NOT_SETTINGS
+        and not _is_of_kubernetes(f"{name.removeprefix(PREFIX)}={environ[name]}")
     )
 
 
@@ -309,33 +356,64 @@ def read_secret(reference: str, setting: str) -> bytes:
 
 
 def read_file(path: Path, setting: str, *, secret: bool = False, most: int = MAX_SECRET_BYTES) -> bytes:
-    """The contents of a file of `most` octets at most. `secret`: other users of the machine must not read it.
+    """The contents of a file of `most` octets at most, or what somebody writes into a pipe.
 
-    Raises ConfigError; `setting` is for its text.
+    `secret`: other users of the machine must not read it. Raises ConfigError; `setting` is for its text.
     """
     try:
-        # Without O_NONBLOCK a FIFO would have us wait for a writer.
+        # Without O_NONBLOCK a pipe would have us wait for a writer, for ever if none comes.
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as opened:
             mode = os.fstat(opened.fileno()).st_mode
-            if not stat.S_ISREG(mode):
-                raise ConfigError(f"{setting}: {path} is a pipe or a device: name a regular file")
+            if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
+                raise ConfigError(f"{setting}: {path} is a device: name a file")
             # What is read-only to us, as secrets in containers are, nobody could change as we advise.
             if secret and mode & _OTHERS_MAY and not os.fstatvfs(opened.fileno()).f_flag & os.ST_RDONLY:
                 raise ConfigError(
                     f"{setting}: every user of this machine can read {path}: run chmod 600 {path} "
                     "(or 640, with a group that only heliograph is in)"
                 )
-            content = opened.read(most + 1)
+            if stat.S_ISFIFO(mode):
+                content = _read_pipe(opened.fileno(), most + 1)
+                if not content:
+                    raise ConfigError(
+                        f"{setting}: nothing came through the pipe {path}: see whether the program that writes into it "
+                        "works, or name a file (a pipe can be read once only)"
+                    )
+            else:
+                content = opened.read(most + 1)
     except FileNotFoundError:
         raise ConfigError(
             f"{setting}: cannot be read, as there is no file {path}: correct the path, or put the file there"
         ) from None
-    except OSError as error:
-        raise ConfigError(f"{setting}: {path} cannot be read ({error.strerror}): correct path or mode") from error
+    except TimeoutError as error:
+        raise ConfigError(f"{setting}: {path} is a pipe, and {error}: start what should, or name a file") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        why = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{setting}: {path} cannot be read ({why}): correct path or mode") from error
     if len(content) > most:
-        raise ConfigError(
-            f"{setting}: {path} is longer than {most} octets, so no key or certificate: name another file"
-        )
+        raise ConfigError(f"{setting}: {path} is longer than {most} octets, the most that belongs here: name another")
+    return content
+
+
+def _read_pipe(descriptor: int, most: int) -> bytes:
+    """What comes until its writers have closed it, `most` octets at most. Raises TimeoutError: what nobody does."""
+    pipe = select.poll()
+    pipe.register(descriptor, select.POLLIN)
+    content = b""
+    began = time.monotonic()
+    while len(content) < most:
+        ready = pipe.poll(_WRITER_S * 1000)
+        try:
+            part = os.read(descriptor, most - len(content))
+        except BlockingIOError:  # there is a writer, which has nothing yet
+            if time.monotonic() - began < _WRITTEN_S:
+                continue
+            raise TimeoutError(f"who writes into it has not ended within {_WRITTEN_S:.0f} s") from None
+        if not part and not ready:
+            raise TimeoutError(f"nobody writes into it within {_WRITER_S:.0f} s")
+        if not part:
+            break
+        content += part
     return content
 
 
@@ -360,29 +438,71 @@ class _Reader:
 
     def __init__(self, source: str) -> None:
         self._source = source
-        self._variables: dict[tuple[str, ...], str] = {}
+        self._variables: dict[_Way, str] = {}
+        """By the way to the setting, or to an app that only variables tell of."""
+        self._given: set[_Way] = set()
 
-    def put(self, tree: dict[str, Any], variable: str, value: str) -> None:
-        """Set what a variable names. Raises ConfigError."""
-        path = tuple(variable.removeprefix(PREFIX).lower().split("__"))
-        self._variables[path] = variable
+    def put_all(self, tree: dict[str, Any], variables: Mapping[str, str]) -> None:
+        """Set what variables name, here without their prefix. Raises ConfigError."""
+        by_path = {tuple(name.lower().split("__")): name for name in variables}
+        apps = tree.get("apps", {})
+        for path in sorted(by_path, key=lambda path: [part.zfill(9) for part in path]):  # 2 before 10
+            name = by_path[path]
+            if path[0] != "apps" or len(path) < 3 or not isinstance(apps, dict):
+                self._put(tree, path, PREFIX + name, variables[name])
+                continue
+            app = _app_of(path[1], apps, variables.get(by_path.get(("apps", path[1], "name"), "")))
+            if app not in apps:
+                self._variables["apps", app] = PREFIX + "APPS__" + name.split("__")[1]
+            tree.setdefault("apps", {}).setdefault(app, {})
+            if path[2:] != ("name",):
+                self._put(tree, ("apps", app, *path[2:]), PREFIX + name, variables[name])
+
+    def _put(self, tree: Any, path: _Way, variable: str, value: str) -> None:
+        way: list[str] = []
         for part in path[:-1]:
-            inner = tree.setdefault(part, {})
-            if not isinstance(inner, dict):
+            if isinstance(tree, list):
+                number = int(part) if part.isascii() and part.isdecimal() else 0
+                if not 1 <= number <= len(tree) + 1:
+                    raise ConfigError(f"{variable}: number the tables 1, 2, ... without a gap")
+                if number > len(tree):
+                    tree.append({})
+                tree = tree[number - 1]
+                way[-1] += f"[{number}]"
+            else:
+                tree = tree.setdefault(part, [] if way[:1] == ["apps"] and part == "credentials" else {})
+                way.append(part)
+            if not isinstance(tree, dict | list):
                 raise ConfigError(f"{variable}: there is nothing below {part}, which is a single value")
-            tree = inner
+        if isinstance(tree, list) or (way[:1] == ["apps"] and path[-1] == "credentials"):
+            raise ConfigError(f"{variable} is a table: spell its settings, as {_tables(path)}__1__KEY")
+        self._variables[*way, path[-1]] = variable
         tree[path[-1]] = value
+
+    def explain(self, settings: Any, way: _Way = ()) -> Iterator[Setting]:
+        """The settings below, that have a value, and where each is from."""
+        if isinstance(settings, Struct):
+            # Tables behind single values, as TOML has it.
+            for name in sorted(settings.__struct_fields__, key=lambda name: _is_table(getattr(settings, name))):
+                yield from self.explain(getattr(settings, name), (*way, name))
+        elif isinstance(settings, dict):
+            for name, each in settings.items():
+                yield from self.explain(each, (*way, name))
+        elif _is_table(settings):
+            for number, each in enumerate(settings, 1):
+                yield from self.explain(each, _numbered(way, number))
+        elif settings not in (None, ()):
+            origin = self._variables.get(way) or (self._source if way in self._given else "default")
+            yield Setting(way, settings, origin)
 
     def struct(self, type_: type[S], tree: Any, path: tuple[str, ...]) -> S:
         """A settings struct from its table. Raises ConfigError."""
         if not isinstance(tree, dict):
-            raise ConfigError(f"{self._where(path)} must be a table, [{'.'.join(path)}]")
+            raise self._no_table(path, f"must be a table, [{'.'.join(path)}]")
         hints = get_type_hints(type_, include_extras=True)
         for name in tree:
             if name not in hints:
-                raise ConfigError(
-                    f"{self._where((*path, name))} is not a setting: {self._suggestion(hints, path, name)}"
-                )
+                raise self._unknown(hints, (*path, name))
         values = {name: self._value(hints[name], value, (*path, name)) for name, value in tree.items()}
         try:
             return type_(**values)
@@ -394,13 +514,18 @@ class _Reader:
             return self.struct(type_, value, path)
         if get_origin(type_) is dict:
             if not isinstance(value, dict):
-                raise ConfigError(f"{self._where(path)} must hold tables, [{'.'.join(path)}.NAME]")
+                raise self._no_table(path, f"must hold tables, [{'.'.join(path)}.NAME]")
             (_, inner) = get_args(type_)
             return {name: self.struct(inner, each, (*path, self._app_name(name, path))) for name, each in value.items()}
         if get_origin(type_) is tuple and issubclass(get_args(type_)[0], Struct):
             if not isinstance(value, list):
                 raise ConfigError(f"{self._where(path)} must be tables in the file, [[{'.'.join(path)}]]")
-            return tuple(self.struct(get_args(type_)[0], each, path) for each in value)
+            (inner, _) = get_args(type_)
+            return tuple(self.struct(inner, each, _numbered(path, number)) for number, each in enumerate(value, 1))
+        self._given.add(path)
+        below = self._variable_below(path) if isinstance(value, dict) else None
+        if below is not None:
+            raise ConfigError(f"{below}: there is nothing below {path[-1]}, which is a single value")
         from_variable = path in self._variables
         if from_variable and get_origin(type_) is tuple:
             value = [part.strip() for part in value.split(",")]
@@ -410,6 +535,8 @@ class _Reader:
             kinds = get_args(type_) or (type_,)
             choices = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, StrEnum)), ())
             wanted = f"write one of {', '.join(choices)}" if choices else _plain(str(error))
+            if from_variable:  # all is text there, and nothing in quotes
+                wanted = wanted.removesuffix(", got text in quotes")
             raise ConfigError(f"{self._where(path)} does not fit: {wanted}") from None
 
     def _app_name(self, name: str, path: tuple[str, ...]) -> str:
@@ -420,20 +547,77 @@ class _Reader:
             )
         return name
 
-    def _suggestion(self, known: Iterable[str], path: tuple[str, ...], name: str) -> str:
-        """Half a sentence that names the closest of the known settings, or all of them where none is close."""
+    def _unknown(self, known: Collection[str], path: _Way) -> ConfigError:
+        """Names the closest of the known settings, or all of them where none is close."""
         from difflib import get_close_matches
 
-        names = list(known)
-        close = get_close_matches(name.lower(), names, n=1)
-        if (*path, name) in self._variables:
-            names, close = ([PREFIX + "__".join((*path, each)).upper() for each in some] for some in (names, close))
-        return f"did you mean {close[0]}?" if close else f"known here are {', '.join(names)}"
+        variable = self._variable_below(path)
+        if variable is None:
+            close = get_close_matches(path[-1].lower(), known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known here are {', '.join(known)}"
+            return ConfigError(f"{self._where(path)} is not a setting: {hint}")
+        of_app = path[0] == "apps"
+        label = variable.split("__")[1] if variable.count("__") > 1 else "NAME"
+        names = [PREFIX + name for name in _variables_of(Config, label)]
+        common = len(f"{PREFIX}APPS__{label}__" if of_app else PREFIX)  # what is alike anyway
+        alike = {name[common:].replace("__", "_"): name for name in (*names, *sorted(_OTHERS))}
+        close = get_close_matches(variable[common:].upper().replace("__", "_"), alike, n=1)
+        if close:
+            return ConfigError(f"{variable} is not a setting: did you mean {alike[close[0]]}?")
+        of_apps = f"{PREFIX}APPS__{label}__"
+        some = [each for each in names if each.startswith(of_apps) == of_app and "__1__" not in each]
+        more = [f"{of_apps}CREDENTIALS__1__..."] if of_app else [f"{of_apps}...", *sorted(_OTHERS)]
+        return ConfigError(f"{variable} is not a setting: known are {', '.join(some + more)}")
 
-    def _where(self, path: tuple[str, ...]) -> str:
+    def _no_table(self, path: _Way, wanted: str) -> ConfigError:
+        if path in self._variables:
+            wanted = f"is a table: spell its settings, as {PREFIX}API__PORT does"
+        return ConfigError(f"{self._where(path)} {wanted}")
+
+    def _variable_below(self, path: _Way) -> str | None:
+        return next((name for way, name in self._variables.items() if way[: len(path)] == path), None)
+
+    def _where(self, path: _Way) -> str:
         """How people find this setting again."""
         variable = self._variables.get(path)
         return variable or f"{self._source}: {'.'.join(path)}"
+
+
+def _app_of(label: str, apps: Collection[str], named: str | None) -> str:
+    """The app that variables mean: what NAME says, or one of the file that has hyphens or dots for underscores."""
+    if named:
+        return named
+    alike = [name for name in apps if re.sub("[.-]", "_", name.lower()) == label]
+    return alike[0] if label not in apps and len(alike) == 1 else label
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, Struct | dict) or (isinstance(value, tuple) and any(isinstance(v, Struct) for v in value))
+
+
+def _numbered(way: _Way, number: int) -> _Way:
+    return (*way[:-1], f"{way[-1]}[{number}]")
+
+
+def _tables(path: _Way) -> str:
+    return (PREFIX + "__".join(path[: path.index("credentials") + 1])).upper()
+
+
+def _variables_of(type_: Any, label: str) -> Iterator[str]:
+    """The names of all variables without their prefix, with this label for the app."""
+    for name, hint in get_type_hints(type_).items():
+        if get_origin(hint) is dict:
+            inner, between = get_args(hint)[1], f"__{label}__"
+        elif get_origin(hint) is tuple and issubclass(get_args(hint)[0], Struct):
+            inner, between = get_args(hint)[0], "__1__"
+        else:
+            inner, between = hint, "__"
+        if isinstance(inner, type) and issubclass(inner, Struct):
+            yield from (name.upper() + between + each for each in _variables_of(inner, label))
+        else:
+            yield name.upper()
+    if type_ is AppSettings:
+        yield "NAME"
 
 
 _TOML_NAMES = {
@@ -454,12 +638,11 @@ def _plain(text: str) -> str:
 
 
 def _read_toml(file: Path) -> dict[str, Any]:
+    if file == Path(os.devnull):
+        return {}
+    content = read_file(file, "The configuration", most=_MAX_CONFIG_BYTES)
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"There is no file {file}: correct the path, or leave --config out") from None
-    except OSError as error:
-        raise ConfigError(f"{file} cannot be read ({error.strerror}): correct the path or its mode") from error
+        return tomllib.loads(content.decode())
     except UnicodeDecodeError:
         raise ConfigError(f"{file} is not UTF-8: save it as such") from None
     except tomllib.TOMLDecodeError as error:

@@ -100,16 +100,22 @@ def start(folder: Path, *arguments: str, **more: str) -> Iterator[Started]:
         process.wait(PATIENCE_S)
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[dict[str, str]]:
+@contextmanager
+def serving(folder: Path, *arguments: str, **more: str) -> Iterator[dict[str, str]]:
     """A server with the simulator behind it; the environment in which `send` finds it."""
-    with start(tmp_path, "serve", "--simulator", HELIOGRAPH_API__PORT="0") as started:
+    with start(folder, "serve", "--simulator", *arguments, HELIOGRAPH_API__PORT="0", **more) as started:
         found = re.search(r"url=(\S+)", started.wait_for("url="))
         assert found is not None
         yield {"HELIOGRAPH_URL": found[1]}
         assert started.stop(signal.SIGTERM) == 0
         assert "stopped" in started.said()
         assert "Traceback" not in started.said()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[dict[str, str]]:
+    with serving(tmp_path) as found:
+        yield found
 
 
 def pasted(said: str, number: int) -> str:
@@ -135,27 +141,55 @@ def all_commands() -> list[list[str]]:
     ]
 
 
+def find(path: list[str]) -> Command:
+    command: Command = cli
+    for name in path:
+        assert isinstance(command, Group)
+        command = command.commands[name]
+    return command
+
+
+def is_group(path: list[str]) -> bool:
+    return isinstance(find(path), Group)
+
+
 @pytest.mark.parametrize("command", all_commands(), ids=" ".join)
 def test_help_shows_an_example_and_fits_the_screen(command: list[str]) -> None:
     said = CliRunner().invoke(cli, [*command, "--help"]).output
     assert re.search(r"Example.*:\n    ?(HELIOGRAPH_\S+ )?heliograph ", said)
-    assert max(map(len, said.splitlines())) <= 100
+    assert max(map(len, said.splitlines())) <= 80
+    listed = said.partition("Commands:\n")[2]
+    assert "..." not in listed
+
+
+@pytest.mark.parametrize("command", [path for path in all_commands() if not is_group(path)], ids=" ".join)
+def test_every_command_speaks_json_but_the_one_that_prints_a_script(command: list[str]) -> None:
+    names = {name for param in find(command).params for name in param.opts}
+    assert ("--json" in names) == (command != ["completion"])
+
+
+def test_nothing_heavy_is_imported_to_show_help() -> None:
+    code = "import sys; from heliograph.cli import main; sys.argv[1:] = ['--help']; main()"
+    said = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True, check=True
+    ).stderr
+    loaded = {line.rpartition("|")[2].strip().split(".")[0] for line in said.splitlines()}
+    assert "click" in loaded
+    heavy = {"asyncio", "ssl", "http", "msgspec", "structlog", "cryptography", "apsw", "uvloop", "uvicorn", "aiohttp"}
+    assert not loaded & heavy
 
 
 def test_options_for_secrets_take_files_only() -> None:
     found = set()
     for path in all_commands():
-        command: Command = cli
-        for name in path:
-            assert isinstance(command, Group)
-            command = command.commands[name]
-        for param in command.params:
+        for param in find(path).params:
             if (
                 re.search("key|token|password|passphrase|secret|certificate|proxy", param.name or "")
                 and param.opts[0][0] == "-"
             ):
                 found |= {param.opts[0]}
-                assert isinstance(param.type, ClickPath) or param.opts == ["--key-id"], param.opts
+                # A key's id and a device token open nothing.
+                assert isinstance(param.type, ClickPath) or param.opts[0] in ("--key-id", "--token"), param.opts
     assert {"--key", "--key-file", "--certificate", "--passphrase-file", "--proxy-file"} <= found
 
 
@@ -182,11 +216,21 @@ def test_demo_shows_what_became_of_each_first_push(tmp_path: Path) -> None:
         r"Apple took it. Whether it reached the device, nobody is told.",
     ):
         assert re.search(words, done.stdout), done.stdout
-    assert max(map(len, done.stdout.splitlines())) <= 100
+    assert max(map(len, done.stdout.splitlines())) <= 80
     folder = re.search(r"data +(\S+)", done.stdout)
     assert folder is not None
     assert f"{folder[1]} is deleted" in done.stdout
     assert not Path(folder[1]).exists()
+
+
+def test_demo_tells_json_what_became_of_each_first_push(tmp_path: Path) -> None:
+    done = run(tmp_path, "demo", "--exit-after-first", "--json", "--port", str(unused_port()), "--data", "kept")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["well"]
+    assert [each["state"] for each in told["pushes"]] == ["accepted", "rejected", "refused", "accepted"]
+    assert Path(told["key_file"]).read_text().startswith("hg_")
+    assert Path(told["simulator_journal"]).exists()
 
 
 @pytest.mark.peer("curl")
@@ -247,12 +291,18 @@ def test_send_takes_a_whole_payload_and_prints_json(tmp_path: Path, server: dict
 @pytest.mark.parametrize(
     "arguments, code, words",
     [
-        (["--title", "x", "a1b2 c3d4"], 1, "refused  BadDeviceToken: The device token holds blanks"),
+        (["--title", "x", "a1b2 wxyz"], 1, "refused  BadDeviceToken: The device token holds blanks"),
         (["--title", "x", "a1b2", "c3d4"], 2, "one device token: if yours has blanks in it, remove them"),
+        (["--title", "x"], 2, "There is no device token: write it behind the options, or name a --tokens-file"),
         ([ALIVE], 1, "refused  PayloadEmpty: There is nothing to send"),
         (["--title", "x", "--app", "shop", ALIVE], 1, "refused  UnknownApp: There is no app 'shop'"),
         (["--title", "x", "--url", "http://127.0.0.1:1", ALIVE], 3, "There is no answer from http://127.0.0.1:1"),
         (["--title", "x", "--url", "127.0.0.1:8080", ALIVE], 2, "must be like http://127.0.0.1:8080"),
+        (["--title", "x", "--url", "http://127.0.0.1:99999", ALIVE], 2, "must be like http://127.0.0.1:8080"),
+        (["--title", "x", "--url", "http://[::1", ALIVE], 2, "must be like http://127.0.0.1:8080"),
+        (["--title", "x", "--url", "http://me:word@127.0.0.1:8080", ALIVE], 2, "must be like http://127.0.0.1:8080"),
+        (["--payload", "/dev/zero", ALIVE], 2, "--payload: /dev/zero is a device: name a file"),
+        (["--titel", "x", ALIVE], 2, "No such option '--titel'"),
         (["--title", "x", "--wait", "99", ALIVE], 2, "Invalid value for '--wait'"),
     ],
 )
@@ -275,7 +325,8 @@ def test_send_finds_its_key_in_a_file_a_variable_or_the_data_folder(tmp_path: Pa
     assert "There is no API key at" in lost.stderr
     wrong = run(tmp_path, "send", "--title", "x", ALIVE, **own, HELIOGRAPH_KEY="hg_wrong")
     assert wrong.returncode == 2
-    assert "The API key is not the one of this server" in wrong.stderr
+    assert "The API key is not one of this server" in wrong.stderr
+    assert run(tmp_path, "send", "--title", "x", ALIVE, **own, HELIOGRAPH_KEY="hg_w\u00f6rd").returncode == 2
 
 
 def test_send_says_when_the_outcome_is_still_to_come(tmp_path: Path) -> None:
@@ -351,6 +402,41 @@ def test_serve_with_a_simulator_serves_apps_with_certificates_too(tmp_path: Path
         assert done.returncode == 0, done.stderr
 
 
+def test_a_simulator_leaves_the_data_folder_to_its_owner(tmp_path: Path) -> None:
+    with serving(tmp_path):
+        assert stat.S_IMODE((tmp_path / "data").stat().st_mode) == 0o700
+
+
+def test_the_log_has_a_level_by_option_and_by_variable(tmp_path: Path) -> None:
+    with start(tmp_path, "serve", "--simulator", "--log-level", "debug", HELIOGRAPH_API__PORT="0") as serve:
+        serve.wait_for("started")
+        assert serve.stop(signal.SIGTERM) == 0
+    (tmp_path / "heliograph.toml").write_text(f"[api]\nport = {unused_port()}\n")
+    with start(tmp_path, "serve", "--json", HELIOGRAPH_LOG_LEVEL="warning") as serve:
+        first = json.loads(serve.wait_for("\n").splitlines()[0])
+        assert (first["level"], first["event"]) == ("warning", "no apps")
+    wrong = run(tmp_path, "serve", HELIOGRAPH_LOG_LEVEL="loud")
+    assert wrong.returncode == 2
+    assert "'loud' is not one of 'debug', 'info', 'warning', 'error'" in wrong.stderr
+
+
+def test_config_shows_what_counts_and_where_it_is_from(tmp_path: Path) -> None:
+    (tmp_path / "heliograph.toml").write_text('[apps."shop.eu"]\ncertificate = "shop.p12"\n')
+    done = run(tmp_path, "config", HELIOGRAPH_API__PORT="9000", HELIOGRAPH_APPS__SHOP_EU__PORT="2197")
+    assert done.returncode == 0, done.stderr
+    found = {line.partition("  #")[0].strip(): line.partition("# ")[2] for line in done.stdout.splitlines()}
+    assert found["port = 9000"] == "HELIOGRAPH_API__PORT"
+    assert found['host = "127.0.0.1"'] == "default"
+    assert found[f'certificate = "file:{tmp_path}/shop.p12"'] == "heliograph.toml"
+    assert '[apps."shop.eu"]' in found
+    (tmp_path / "again.toml").write_text(done.stdout)
+    again = run(tmp_path, "config", "--json", "--config", "again.toml")
+    assert {"name": 'apps."shop.eu".port', "value": 2197, "from": "again.toml"} in json.loads(again.stdout)["settings"]
+    wrong = run(tmp_path, "config", HELIOGRAPH_API_PORT="9000")
+    assert wrong.returncode == 2
+    assert wrong.stderr == "Error: HELIOGRAPH_API_PORT is not a setting: did you mean HELIOGRAPH_API__PORT?\n"
+
+
 def test_serve_twice_on_one_data_folder_is_refused(tmp_path: Path, server: dict[str, str]) -> None:
     done = run(tmp_path, "serve", HELIOGRAPH_API__PORT="0")
     assert done.returncode == 1
@@ -374,7 +460,12 @@ def test_logs_are_json_where_asked_for_and_tell_no_secret(tmp_path: Path) -> Non
         assert run(tmp_path, "send", "--title", "x", ALIVE, HELIOGRAPH_URL=first["url"]).returncode == 0
         assert serve.stop(signal.SIGINT) == 0
         said = serve.said()
-    assert [json.loads(line)["event"] for line in said.splitlines()] == ["started", "stopping", "stopped"]
+    assert [json.loads(line)["event"] for line in said.splitlines()] == [
+        "started",
+        "first_accepted",
+        "stopping",
+        "stopped",
+    ]
     assert ALIVE not in said
     assert (tmp_path / "data" / "api-key").read_text().strip() not in said
 
@@ -412,6 +503,21 @@ def test_simulate_on_a_taken_port_says_so(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "name another port" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["heliograph", "-m heliograph"])
+def test_ctrl_c_while_the_program_is_imported_ends_it_without_a_word(tmp_path: Path, name: str) -> None:
+    (tmp_path / "click.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nraise SystemExit(9)\n")
+    program = [str(Path(sys.executable).with_name(name))] if name == "heliograph" else PROGRAM
+    done = subprocess.run(
+        [*program, "app", "list"],
+        env=environment(tmp_path, PYTHONPATH=str(tmp_path)),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 # -- apps and credentials --------------------------------------------------------------------------------------------
@@ -465,18 +571,93 @@ def test_an_app_is_added_shown_and_removed_while_the_server_runs(tmp_path: Path,
         to = ["--host", values["host"], "--port", values["port"], "--ca", values["ca"]]
         done = run(tmp_path, *add, *to, **url)
         assert done.returncode == 0, done.stderr
-        assert "credentials  signing key HELIOGRAPH  production  no end" in done.stdout
+        assert "credentials  HELIOGRAPH  signing key  production  no end" in done.stdout
         assert run(tmp_path, "send", "--title", "x", ALIVE, **url).returncode == 0
         assert run(tmp_path, "app", "list", **url).stdout == "till  com.example.demo  production  api\n"
         assert json.loads(run(tmp_path, "app", "show", "till", "--json", **url).stdout)["name"] == "till"
         said = run(tmp_path, "credentials", "list", **url).stdout
-        assert said == "till  signing key HELIOGRAPH  production  no end\n"
+        assert said == "till  HELIOGRAPH  signing key  production  no end\n"
         assert run(tmp_path, "app", "remove", "till", **url).stdout == "till is removed.\n"
         lost = run(tmp_path, "app", "remove", "till", **url)
         assert (lost.returncode, lost.stderr) == (1, "Error: There is no app 'till'. Known apps: none\n")
         wrong = run(tmp_path, *add, "--port", "80", **url)
         assert wrong.returncode == 1
         assert "Apple listens on 443 and 2197" in wrong.stderr
+        assert "BEGIN PRIVATE KEY" not in serve.said()
+
+
+def test_an_app_with_several_credentials_is_added_from_a_configuration(tmp_path: Path, far_side: str) -> None:
+    values = dict(re.findall(r'^(\w+) = "?([^"\n]*)"?$', far_side, re.MULTILINE))
+    topic = values["topic"]
+    issued = push_certificate(topic, environments=[Environment.DEVELOPMENT])
+    private(tmp_path / "till.p12", issued.p12(b"tea"))
+    private(tmp_path / "word", b"tea\n")
+    (tmp_path / "till.toml").write_text(
+        f'[apps.till]\ntopic = "{topic}"\nhost = "localhost"\nport = {values["port"]}\nca = "{values["ca"]}"\n'
+        f'[[apps.till.credentials]]\nkey = "{values["key"]}"\nteam_id = "{values["team_id"]}"\n'
+        'environment = "production"\n'
+        '[[apps.till.credentials]]\ncertificate = "till.p12"\npassphrase = "file:word"\n'
+    )
+    with start(tmp_path, "serve", HELIOGRAPH_API__PORT="0") as serve:
+        url = url_of(serve)
+        done = run(tmp_path, "app", "add", "till", "--from", "till.toml", **url)
+        assert done.returncode == 0, done.stderr
+        said = run(tmp_path, "credentials", "list", **url).stdout.splitlines()
+        assert [line.split("  ")[:4] for line in said] == [
+            ["till", "HELIOGRAPH", "signing key", "production"],
+            [
+                "till",
+                issued.loaded().fingerprint[:16],
+                "certificate Apple Push Services: com.example.shop",
+                f"development for {topic}",
+            ],
+        ]
+        sent = run(tmp_path, "send", "--title", "x", "--environment", "production", ALIVE, **url)
+        assert sent.returncode == 0, sent.stderr
+        for arguments, words in (
+            (["shop", "--from", "till.toml"], "till.toml has no [apps.shop]: it has till"),
+            (["till", "--from", "till.toml", "--topic", "x"], "--from says all there is to say of the app"),
+            (["till", "--from", "absent"], "'absent' does not exist"),
+        ):
+            wrong = run(tmp_path, "app", "add", *arguments, **url)
+            assert wrong.returncode == 2
+            assert words in wrong.stderr
+
+
+def test_credentials_of_an_app_are_added_replaced_and_removed_one_by_one(tmp_path: Path, far_side: str) -> None:
+    values = dict(re.findall(r'^(\w+) = "?([^"\n]*)"?$', far_side, re.MULTILINE))
+    team = ["--team-id", values["team_id"]]
+    first = ["--key", values["key"], *team, "--topic", values["topic"]]
+    to = ["--host", values["host"], "--port", values["port"], "--ca", values["ca"]]
+    private(tmp_path / "AuthKey_NEWKEYNEWK.p8", Path(tmp_path / values["key"]).read_bytes())
+    issued = push_certificate(values["topic"], environments=[Environment.DEVELOPMENT])
+    private(tmp_path / "till.p12", issued.p12(b"tea"))
+    private(tmp_path / "word", b"tea\n")
+    with start(tmp_path, "serve", HELIOGRAPH_API__PORT="0") as serve:
+        url = url_of(serve)
+        assert run(tmp_path, "app", "add", "till", *first, *to, **url).returncode == 0
+
+        def ask(*arguments: str) -> subprocess.CompletedProcess[str]:
+            return run(tmp_path, "credentials", *arguments, **url)
+
+        done = ask("add", "till", "--certificate", "till.p12", "--passphrase-file", "word")
+        assert done.returncode == 0, done.stderr
+        its = issued.loaded().fingerprint[:16]
+        assert f"credentials  {its}  certificate Apple Push Services" in done.stdout
+        new = ["add", "till", "--key", "AuthKey_NEWKEYNEWK.p8", *team]
+        refused = ask(*new)
+        assert refused.returncode == 1
+        assert "as HELIOGRAPH stands before it and opens the same: have it replace HELIOGRAPH" in refused.stderr
+        shown = json.loads(ask(*new, "--replace", "HELIOGRAPH", "--json").stdout)
+        assert [each["id"] for each in shown["credentials"]] == ["NEWKEYNEWK", its]
+        removed = ask("remove", "till", its)
+        assert (removed.returncode, removed.stdout) == (0, f"{its} is removed from till.\n")
+        assert json.loads(ask("remove", "till", its, "--json").stdout)["error"]["code"] == "UnknownCredential"
+        last = ask("remove", "till", "NEWKEYNEWK")
+        assert (last.returncode, "remove the app" in last.stderr) == (1, True)
+        assert ask("list").stdout == "till  NEWKEYNEWK  signing key  production  no end\n"
+        nothing = ask("add", "till")
+        assert (nothing.returncode, "What was sent has no credentials: add key" in nothing.stderr) == (1, True)
         assert "BEGIN PRIVATE KEY" not in serve.said()
 
 
@@ -516,13 +697,12 @@ def test_inspect_takes_the_key_of_a_certificate_from_a_file_of_its_own(tmp_path:
     assert "problem      The certificate has ended" in done.stdout
 
 
-def test_inspect_does_not_wait_for_what_is_no_file(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")
+def test_inspect_reads_no_device_and_no_end_of_a_file(tmp_path: Path) -> None:
     private(tmp_path / "long", bytes(70_000))
-    done = run(tmp_path, "credentials", "inspect", "pipe", "/dev/zero", "long")
+    done = run(tmp_path, "credentials", "inspect", "/dev/zero", "long")
     assert done.returncode == 1
     assert done.stderr == ""
-    for said in ("pipe is a pipe or a device: name", "/dev/zero is a pipe or a device: name", "long is longer than"):
+    for said in ("/dev/zero is a device: name a file", "long is longer than"):
         assert f"problem      {said}" in done.stdout
 
 
@@ -534,6 +714,11 @@ def test_the_master_key_is_rotated(tmp_path: Path, server: dict[str, str]) -> No
     assert path.read_text().endswith(before)
     assert path.read_text() != before
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    told = run(tmp_path, "credentials", "rotate-master-key", "--json")
+    assert json.loads(told.stdout) == {"master_key": str(path)}
+    lost = run(tmp_path, "credentials", "rotate-master-key", HELIOGRAPH_DATA=str(tmp_path / "elsewhere"))
+    assert lost.returncode == 2
+    assert "There is no master key at" in lost.stderr
 
 
 # -- doctor ----------------------------------------------------------------------------------------------------------

@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-import json
-from base64 import b64encode
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +11,10 @@ from urllib.parse import quote
 
 import click
 
-from heliograph.commands.calling import Where, server_options
+from heliograph.commands.calling import Server, with_server
 from heliograph.commands.local import secret_from
+from heliograph.commands.telling import Command, tell
+from heliograph.errors import ConfigError
 
 PATH = "/v1/apps"
 
@@ -23,123 +23,156 @@ _MAX_CA_BYTES = 512 * 1024
 _file = click.Path(path_type=Path, dir_okay=False, exists=True)
 
 
+def credential_options(command: Command) -> Command:
+    """A signing key or a certificate, and what it is for."""
+    environments = click.Choice(["production", "development", "both"])
+    for option in (
+        click.option("--environment", type=environments, help="[default: production; of a certificate, all its own]"),
+        click.option("--passphrase-file", type=_file, help="A file with the passphrase of certificate or key."),
+        click.option("--certificate-key", type=_file, help="Its private key, where that is a file of its own."),
+        click.option("--certificate", type=_file, help="A .p12 or .pem file, in place of --key."),
+        click.option("--team-id", help="As the developer account shows it, with --key."),
+        click.option("--key-id", help="[default: as in the name of the file, AuthKey_<key id>.p8]"),
+        click.option("--key", type=_file, help="The .p8 file that Apple issued."),
+    ):
+        command = option(command)
+    return command
+
+
 @click.group()
 def app() -> None:
-    """See the apps of a running server, add and remove them without a restart.
+    """See, add and remove the apps of a running server.
 
     \b
     Example:
-      heliograph app add shop --topic com.shop --key AuthKey_ABC123DEFG.p8 --team-id DEF123GHIJ
+      heliograph app add shop --topic com.shop --team-id DEF123GHIJ \\
+        --key AuthKey_ABC123DEFG.p8
     """
 
 
 @app.command("list")
-@server_options
-def show_list(url: str | None, key_file: Path | None, config: Path | None, *, as_json: bool) -> None:
+@with_server
+def show_list(server: Server) -> None:
     """List the apps.
 
     \b
     Example:
       heliograph app list
     """
-    found = Where(url, key_file, config).ask("GET", PATH)
-    if as_json:
-        click.echo(json.dumps(found))
-        return
-    for each in found["apps"]:
-        click.echo(f"{each['name']}  {', '.join(each['topics'])}  {', '.join(each['environments'])}  {each['source']}")
-    if not found["apps"]:
-        click.echo("There are no apps.")
+
+    def say(found: dict[str, Any]) -> None:
+        for each in found["apps"]:
+            where = ", ".join(each["environments"])
+            click.echo(f"{each['name']}  {', '.join(each['topics'])}  {where}  {each['source']}")
+        if not found["apps"]:
+            click.echo("There are no apps.")
+
+    server.show("GET", PATH, say)
 
 
 @app.command()
 @click.argument("name")
-@server_options
-def show(name: str, url: str | None, key_file: Path | None, config: Path | None, *, as_json: bool) -> None:
+@with_server
+def show(server: Server, name: str) -> None:
     """Show an app, its credentials and until when they last.
 
     \b
     Example:
       heliograph app show shop
     """
-    found = Where(url, key_file, config).ask("GET", _path(name))
-    if as_json:
-        click.echo(json.dumps(found))
-    else:
-        _say(found)
+    server.show("GET", path_of(name), say_app)
 
 
 @app.command()
 @click.argument("name")
 @click.option("--topic", "topics", multiple=True, help="The bundle id; again for several.")
-@click.option("--key", type=_file, help="The .p8 file that Apple issued.")
-@click.option("--key-id", help="[default: as in the name of the file, AuthKey_<key id>.p8]")
-@click.option("--team-id", help="As the developer account shows it, with --key.")
-@click.option("--certificate", type=_file, help="A .p12 or .pem file, in place of --key.")
-@click.option("--certificate-key", type=_file, help="Its private key, where that is a file of its own.")
-@click.option("--passphrase-file", type=_file, help="A file with the passphrase of certificate or key.")
-@click.option("--environment", type=click.Choice(["production", "development", "both"]), help="[default: production]")
+@credential_options
 @click.option("--host", help="Send there and not to Apple.")
 @click.option("--port", type=click.IntRange(1, 65535), help="Of Apple 443 or 2197.  [default: 443]")
 @click.option("--ca", type=_file, help="PEM with the certificates to trust on --host.")
 @click.option("--proxy-file", type=_file, help="A file with http://[USER:PASSWORD@]HOST:PORT of a proxy.")
-@server_options
-def add(
-    name: str,
-    topics: Sequence[str],
-    key: Path | None,
-    key_id: str | None,
-    certificate: Path | None,
-    certificate_key: Path | None,
-    passphrase_file: Path | None,
-    ca: Path | None,
-    proxy_file: Path | None,
-    url: str | None,
-    key_file: Path | None,
-    config: Path | None,
-    *,
-    as_json: bool,
-    **fields: Any,
-) -> None:
-    """Add an app, or put new credentials in place of its old ones.
+@click.option("--from", "source", type=_file, help="A configuration: its [apps.NAME] in place of all these options.")
+@with_server
+def add(server: Server, name: str, topics: Sequence[str], source: Path | None, **given: Any) -> None:
+    """Add an app, or give one new credentials for its old ones.
 
-    The server keeps it in its database, sealed with its master key.
+    The server keeps it in its database, sealed with its master key. An app with several keys or certificates is
+    described in a file as for the server, with [[apps.NAME.credentials]] tables, and added with --from; or it gets them
+    one by one with `heliograph credentials add`.
 
     \b
     Examples:
-      heliograph app add shop --topic com.shop --key AuthKey_ABC123DEFG.p8 --team-id DEF123GHIJ
+      heliograph app add shop --topic com.shop --team-id DEF123GHIJ \\
+        --key AuthKey_ABC123DEFG.p8
       heliograph app add shop --certificate shop.p12 --passphrase-file passphrase
+      heliograph app add shop --from heliograph.toml
     """
+    if source is not None and (topics or _given(given)):
+        raise click.UsageError("--from says all there is to say of the app: leave the other options out.")
+    app = from_options(given) if source is None else _from_configuration(name, source)
+    found = server.ask("PUT", path_of(name), {"topics": topics, **app} if topics else app)
+    tell(found) if server.as_json else say_app(found)
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {option: value for option, value in options.items() if value is not None}
+
+
+def from_options(options: dict[str, Any]) -> dict[str, Any]:
+    """What the server makes an app or credentials of, with contents in place of files. Raises ConfigError."""
     from heliograph.config import read_file
     from heliograph.protocols.provider_token import key_id_from_filename
 
-    if key is not None and key_id is None:
-        key_id = key_id_from_filename(key.name)
-        if key_id is None:
-            raise click.UsageError(f"The name of {key.name} does not tell the key id: add --key-id.")
-    content = {
-        **fields,
-        "topics": list(topics) or None,
-        "key": None if key is None else secret_from(key, "--key").decode("ascii", "replace"),
-        "key_id": key_id,
-        "certificate": _octets(certificate, "--certificate"),
-        "certificate_key": _octets(certificate_key, "--certificate-key"),
-        "passphrase": None if passphrase_file is None else _line(passphrase_file, "--passphrase-file"),
-        "ca": None if ca is None else read_file(ca, "--ca", most=_MAX_CA_BYTES).decode("ascii", "replace"),
-        "proxy": None if proxy_file is None else _line(proxy_file, "--proxy-file"),
+    given = _given(options)
+    if "key" in given and "key_id" not in given:
+        given["key_id"] = key_id_from_filename(given["key"].name)
+        if given["key_id"] is None:
+            raise click.UsageError(f"The name of {given['key'].name} does not tell the key id: add --key-id.")
+
+    def content(option: str, file: Path) -> str:
+        if option == "ca":
+            return read_file(file, "--ca", most=_MAX_CA_BYTES).decode("ascii", "replace")
+        octets = secret_from(file, f"--{option.replace('_', '-')}")
+        return str(_text(option, octets)).rstrip("\r\n")
+
+    return {
+        option.removesuffix("_file"): content(option, value) if isinstance(value, Path) else value
+        for option, value in given.items()
     }
-    content = {field: value for field, value in content.items() if value is not None}
-    found = Where(url, key_file, config).ask("PUT", _path(name), content)
-    if as_json:
-        click.echo(json.dumps(found))
-    else:
-        _say(found)
+
+
+def _from_configuration(name: str, source: Path) -> dict[str, Any]:
+    """As `from_options`. Raises ConfigError."""
+    from msgspec import to_builtins
+
+    from heliograph.apps.building import read_content
+    from heliograph.config import load
+
+    apps = load(source, {}).apps
+    if name not in apps:
+        raise ConfigError(f"{source} has no [apps.{name}]: it has {', '.join(apps) or 'no app'}")
+    content = read_content(name, apps[name])
+    app: dict[str, Any] = to_builtins(content, builtin_types=(bytes,))
+    app["credentials"] = [
+        {member: _text(member, value) for member, value in each.items() if member != "file"}
+        for each in app["credentials"]
+    ]
+    return {member: _text(member, value) for member, value in app.items()}
+
+
+def _text(member: str, value: Any) -> Any:
+    """As JSON has it: what may be no text as base64."""
+    from base64 import b64encode
+
+    if not isinstance(value, bytes):
+        return value
+    return b64encode(value).decode() if member.startswith("certificate") else value.decode("utf-8", "replace")
 
 
 @app.command()
 @click.argument("name")
-@server_options
-def remove(name: str, url: str | None, key_file: Path | None, config: Path | None, *, as_json: bool) -> None:
+@with_server
+def remove(server: Server, name: str) -> None:
     """Remove an app that was added.
 
     What waits for it goes on waiting. It is sent if within a day an app of this name comes back with credentials for
@@ -149,8 +182,7 @@ def remove(name: str, url: str | None, key_file: Path | None, config: Path | Non
     Example:
       heliograph app remove shop
     """
-    found = Where(url, key_file, config).ask("DELETE", _path(name))
-    click.echo(json.dumps(found) if as_json else f"{found['removed']} is removed.")
+    server.show("DELETE", path_of(name), lambda found: click.echo(f"{found['removed']} is removed."))
 
 
 def say_credentials(each: dict[str, Any]) -> str:
@@ -159,10 +191,12 @@ def say_credentials(each: dict[str, Any]) -> str:
     left = "no end" if days is None else f"ended {-days} days ago" if days < 0 else f"{days} days left"
     colour = "red" if days is not None and days < 7 else "yellow" if days is not None and days < 30 else None
     what = f" for {', '.join(each['topics'])}" if each["topics"] else ""
-    return f"{each['kind']} {each['name']}  {', '.join(each['environments'])}{what}  {click.style(left, fg=colour)}"
+    called = each["kind"] if each["name"] == each["id"] else f"{each['kind']} {each['name']}"
+    where = ", ".join(each["environments"])
+    return f"{each['id']}  {called}  {where}{what}  {click.style(left, fg=colour)}"
 
 
-def _say(shown: dict[str, Any]) -> None:
+def say_app(shown: dict[str, Any]) -> None:
     click.echo(click.style(shown["name"], bold=True))
     click.echo(f"  topics       {', '.join(shown['topics'])}")
     for each in shown["credentials"]:
@@ -174,13 +208,6 @@ def _say(shown: dict[str, Any]) -> None:
     click.echo(f"  from         the {'API' if shown['source'] == 'api' else 'configuration'}")
 
 
-def _path(name: str) -> str:
+def path_of(name: str) -> str:
+    """Where the server has an app."""
     return f"{PATH}/{quote(name, safe='')}"
-
-
-def _octets(file: Path | None, option: str) -> str | None:
-    return None if file is None else b64encode(secret_from(file, option)).decode()
-
-
-def _line(file: Path, option: str) -> str:
-    return secret_from(file, option).decode("utf-8", "replace").rstrip("\r\n")

@@ -4,17 +4,18 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import click
 
-from heliograph.commands.apps import PATH, say_credentials
-from heliograph.commands.calling import Where, server_options
+from heliograph.commands.apps import PATH, credential_options, from_options, path_of, say_app, say_credentials
+from heliograph.commands.calling import Server, with_server
 from heliograph.commands.local import config_option, load_config, secret_from
+from heliograph.commands.telling import json_option, tell
 from heliograph.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ _file = click.Path(path_type=Path, dir_okay=False, exists=True)
 
 @click.group()
 def credentials() -> None:
-    """Look into credential files, and see what a server sends with and until when.
+    """Look into credential files, and change what a server uses.
 
     \b
     Example:
@@ -37,11 +38,11 @@ def credentials() -> None:
 @click.argument("files", nargs=-1, required=True, type=_file, metavar="FILE...")
 @click.option("--key", type=_file, help="The private key of a certificate, where it is a file of its own.")
 @click.option("--passphrase-file", type=_file, help="A file with the passphrase.  [default: asked for on a terminal]")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, an object a file.")
+@json_option
 def inspect(files: Sequence[Path], key: Path | None, passphrase_file: Path | None, *, as_json: bool) -> int:
-    """Say what a file is, what it can send to, when it ends, and what is wrong with it.
+    """Say what a file is, and what is wrong with it.
 
-    Nothing is sent anywhere.
+    What it can send to is told too, and when it ends. Nothing is sent anywhere.
 
     \b
     Examples:
@@ -56,7 +57,7 @@ def inspect(files: Sequence[Path], key: Path | None, passphrase_file: Path | Non
         import msgspec
 
         told = [{"file": str(file), **msgspec.to_builtins(each)} for file, each in found]
-        click.echo(json.dumps({"files": told}))
+        tell({"files": told})
     else:
         for file, each in found:
             _say(file, each)
@@ -64,30 +65,73 @@ def inspect(files: Sequence[Path], key: Path | None, passphrase_file: Path | Non
 
 
 @credentials.command("list")
-@server_options
-def show_list(url: str | None, key_file: Path | None, config: Path | None, *, as_json: bool) -> None:
-    """List what a running server sends with, and until when.
+@with_server
+def show_list(server: Server) -> None:
+    """List what a server sends with, and until when.
 
     \b
     Example:
       heliograph credentials list
     """
-    found = Where(url, key_file, config).ask("GET", PATH)
-    if as_json:
-        told = [{"app": app["name"], **each} for app in found["apps"] for each in app["credentials"]]
-        click.echo(json.dumps({"credentials": told}))
+    apps = server.ask("GET", PATH)["apps"]
+    if server.as_json:
+        tell({"credentials": [{"app": app["name"], **each} for app in apps for each in app["credentials"]]})
         return
-    for app in found["apps"]:
+    for app in apps:
         for each in app["credentials"]:
             click.echo(f"{app['name']}  {say_credentials(each)}")
-    if not found["apps"]:
+    if not apps:
         click.echo("There are no apps.")
+
+
+@credentials.command()
+@click.argument("app")
+@credential_options
+@click.option("--replace", metavar="ID", help="Put it in the place of these credentials of the app.")
+@with_server
+def add(server: Server, app: str, replace: str | None, **given: Any) -> None:
+    """Give an app more credentials, or new ones for old.
+
+    APP is one that was added by `heliograph app add` or by the API. The first of its credentials that fits environment
+    and topic is used, and what is added comes last; what is the same key or certificate is replaced.
+
+    \b
+    Examples:
+      heliograph credentials add shop --team-id DEF123GHIJ \\
+        --key AuthKey_HIJ456KLMN.p8 --environment development
+      heliograph credentials add shop --team-id DEF123GHIJ \\
+        --key AuthKey_HIJ456KLMN.p8 --replace ABC123DEFG
+    """
+    query = "" if replace is None else f"?replace={quote(replace, safe='')}"
+    found = server.ask("POST", f"{path_of(app)}/credentials{query}", from_options(given))
+    tell(found) if server.as_json else say_app(found)
+
+
+@credentials.command()
+@click.argument("app")
+@click.argument("credential_id", metavar="ID")
+@with_server
+def remove(server: Server, app: str, credential_id: str) -> None:
+    """Take credentials from an app.
+
+    Their ID is a key's id, or what `heliograph credentials list` shows of a certificate.
+
+    \b
+    Example:
+      heliograph credentials remove shop ABC123DEFG
+    """
+
+    def say(found: dict[str, Any]) -> None:
+        click.echo(f"{found['removed']} is removed from {app}.")
+
+    server.show("DELETE", f"{path_of(app)}/credentials/{quote(credential_id, safe='')}", say)
 
 
 @credentials.command("rotate-master-key")
 @config_option
-def rotate_master_key(config: Path | None) -> None:
-    """Make a new master key, which seals stored apps from now on.
+@json_option
+def rotate_master_key(config: Path | None, *, as_json: bool) -> None:
+    """Make a new master key, which seals stored apps.
 
     A running server notices, and seals its apps anew; one that does not run does so when it starts. The former key
     stays in the file, as backups need it.
@@ -100,8 +144,16 @@ def rotate_master_key(config: Path | None) -> None:
     from heliograph.apps.directory import master_key_path
 
     path = master_key_path(load_config(config))
+    if not path.exists():
+        raise ConfigError(
+            f"There is no master key at {path} yet, the server makes one when it first starts: name the server's "
+            "configuration with --config, or its data folder with $HELIOGRAPH_DATA"
+        )
     vault.rotate(path)
-    click.echo(f"There is a new master key in {path}. Back the file up, apart from the database.")
+    if as_json:
+        tell({"master_key": str(path)})
+    else:
+        click.echo(f"There is a new master key in {path}. Back the file up, apart from the database.")
 
 
 def _describe(file: Path, key: Path | None, passphrase_file: Path | None) -> Description:

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ import click
 
 from heliograph.commands.calling import NOTIFICATIONS, call
 from heliograph.commands.local import free_port, make_folder, program, run_loop, write_private
+from heliograph.commands.telling import json_option, tell
 
 if TYPE_CHECKING:
     from heliograph.config import AppSettings
@@ -34,42 +34,50 @@ _PATIENCE_S = 20.0
     "--data", type=click.Path(path_type=Path, file_okay=False), help="Keep the data there.  [default: a new folder]"
 )
 @click.option("--exit-after-first", is_flag=True, help="End after the first pushes; exit 1 if one went astray.")
-def demo(port: int, data: Path | None, *, exit_after_first: bool) -> int:
+@json_option
+def demo(port: int, data: Path | None, *, exit_after_first: bool, as_json: bool) -> int:
     """See it work, without an Apple account.
 
     Starts a server and a simulator of Apple, sends first pushes, and says how to go on.
+
+    With --json there is one object once the first pushes are through: where all is, and what became of each.
 
     \b
     Example:
       heliograph demo
     """
+    import shutil
     import tempfile
 
     from heliograph import service
 
-    service.configure_logging(quiet=True)
+    service.configure_logging(level="warning")
+    say = _nothing if as_json else click.echo
     free = free_port(port)
     if free != port:
-        click.echo(f"Port {port} is taken, so the API listens on {free}.\n")
+        say(f"Port {port} is taken, so the API listens on {free}.\n")
     fresh = data is None
     folder = Path(tempfile.mkdtemp(prefix="heliograph-demo-")) if data is None else data.absolute()
-    run = _Demo(folder, free, exit_after_first=exit_after_first)
+    run = _Demo(folder, free, exit_after_first=exit_after_first, as_json=as_json)
     try:
         run_loop(run.run())
     finally:
         if fresh:
             shutil.rmtree(folder, ignore_errors=True)
-    click.echo("Stopped." if not fresh else f"Stopped; {folder} is deleted.")
+    say("Stopped." if not fresh else f"Stopped; {folder} is deleted.")
     return 0 if run.well else 1
 
 
 class _Demo:
     """One run of the demo."""
 
-    def __init__(self, folder: Path, port: int, *, exit_after_first: bool) -> None:
+    def __init__(self, folder: Path, port: int, *, exit_after_first: bool, as_json: bool) -> None:
         self._folder = folder
         self._port = port
         self._exit_after_first = exit_after_first
+        self._as_json = as_json
+        self._say: Callable[[str], None] = _nothing if as_json else click.echo
+        self._pushes: list[dict[str, Any]] = []
         self._journal = folder / "simulator.jsonl"
         # Another one each time: with --data the server would remember it, and refuse it at the door.
         self._dead = "deadbeef" * 6 + os.urandom(8).hex()
@@ -92,17 +100,20 @@ class _Demo:
             )
 
             async def started(running: Running) -> None:
-                _say_where(running, apple, self._folder)
+                if not self._as_json:
+                    _say_where(running, apple, self._folder)
                 await self._first_pushes(running)
+                if self._as_json:
+                    self._tell(running)
                 if self._exit_after_first:
                     running.stop.set()
-                else:
+                elif not self._as_json:
                     _say_next_steps(running, self._first_id, self._journal)
 
             await service.run(config, started=started)
 
     async def _first_pushes(self, running: Running) -> None:
-        _say("First pushes: through the HTTP API, a queue on disk and HTTP/2 with TLS")
+        self._say("First pushes: through the HTTP API, a queue on disk and HTTP/2 with TLS")
         whole = {"app": "demo", "title": "Hello", "body": "from the heliograph demo", "wait": 20}
         self._first_id = await self._push(running, "one notification", {**whole, "token": ALIVE}, "accepted")
         await self._push(running, "to a device that deleted the app", {**whole, "token": self._dead}, "rejected")
@@ -123,9 +134,9 @@ class _Demo:
         self._show(what, state, reason, took_ms, well=state == expected)
         notification_id = str(body.get("id", ""))
         if notification_id:
-            _say(f"      id {notification_id}")
+            self._say(f"      id {notification_id}")
         for line in _wrapped(str(body.get("meaning") or body.get("detail", ""))):
-            _say(f"      {line}")
+            self._say(f"      {line}")
         return notification_id
 
     async def _push_many(self, running: Running) -> None:
@@ -152,14 +163,20 @@ class _Demo:
             await asyncio.sleep(0.005)
         took_ms = (loop.time() - started) * 1000
         self._show("one payload for 1,000 tokens", "accepted", "", took_ms, well=accepted == _BATCH)
-        _say(f"      {accepted} of {_BATCH} accepted; on disk and answered with 202 after {durable_ms:.0f} ms")
-        _say("")
+        self._say(f"      {accepted} of {_BATCH} accepted; on disk and answered with 202 after {durable_ms:.0f} ms")
+        self._say("")
 
     def _show(self, what: str, state: str, reason: str, took_ms: float, *, well: bool) -> None:
         self.well = self.well and well
+        self._pushes.append({"what": what, "state": state, "reason": reason or None, "ms": round(took_ms, 1)})
         colour = {"accepted": "green", "rejected": "yellow", "refused": "yellow"}.get(state, "red")
         shown = click.style(f"{state:<9}", fg=colour if well else "red", bold=True)
-        _say(f"  {what:<34}{shown} {reason:<26}{took_ms:>6.0f} ms")
+        self._say(f"  {what:<34}{shown} {reason:<22}{took_ms:>6.0f} ms")
+
+    def _tell(self, running: Running) -> None:
+        where = {"url": running.url, "key_file": str(self._folder / "api-key"), "data": str(self._folder)}
+        sent = {"app": "demo", "token": ALIVE, "simulator_journal": str(self._journal)}
+        tell({"well": self.well, **where, **sent, "pushes": self._pushes})
 
 
 def _say_where(running: Running, apple: Simulator, folder: Path) -> None:
@@ -226,6 +243,9 @@ def _wrapped(text: str) -> list[str]:
     import textwrap
 
     return textwrap.wrap(text, 74)
+
+
+def _nothing(_: str) -> None: ...
 
 
 _say: Callable[[str], None] = click.echo

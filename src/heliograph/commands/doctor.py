@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from heliograph.commands.local import config_option, load_config
+from heliograph.commands.telling import json_option, tell
 from heliograph.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,9 +26,9 @@ _COLOURS = {"ok": "green", "warning": "yellow", "problem": "red"}
 @click.option(
     "--send", is_flag=True, help="Send a notification to a device token that nobody has, to prove the credentials."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def doctor(config: Path | None, *, offline: bool, send: bool, as_json: bool) -> int:
-    """Look for what is wrong: configuration, data, credentials, the way to Apple.
+    """Look for what is wrong, from configuration to Apple.
 
     Changes nothing, and may run beside the server. Apps that were added by the API are seen while it runs.
 
@@ -49,7 +49,7 @@ def doctor(config: Path | None, *, offline: bool, send: bool, as_json: bool) -> 
             click.echo(f"{level}  {finding.about}: {finding.text}")
     well = all(each.level != "problem" for each in findings)
     if as_json:
-        click.echo(json.dumps({"well": well, "findings": [each._asdict() for each in findings]}))
+        tell({"well": well, "findings": [each._asdict() for each in findings]})
     return 0 if well else 1
 
 

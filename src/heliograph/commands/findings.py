@@ -20,7 +20,8 @@ import apsw
 from heliograph import credentials, vault
 from heliograph.apps.building import Contexts, Entry, build, kind_and_name, read_content
 from heliograph.apps.directory import master_key_path, sealed_name
-from heliograph.commands.calling import RefusedError, UnreachableError, call, find_key
+from heliograph.commands.calling import call, find_key, own_url
+from heliograph.commands.telling import RefusedError, UnreachableError
 from heliograph.config import Config
 from heliograph.errors import ConfigError, HeliographError, StoreError
 from heliograph.model import Access, SigningKey
@@ -247,7 +248,7 @@ def _of_port(config: Config, holder: str | None) -> Finding:
             return problem(
                 "port of the API", f"{where} cannot be listened on ({error.strerror}): set api.host or api.port"
             )
-        if holder is not None and _is_ours(_url(config)):
+        if holder is not None and _is_ours(own_url(config)):
             return ok("port of the API", f"the server answers on {where}")
         return problem("port of the API", f"another program listens on {where}: stop it, or set api.port")
     if holder is not None:
@@ -257,25 +258,21 @@ def _of_port(config: Config, holder: str | None) -> Finding:
     return ok("port of the API", f"{where} is free")
 
 
-def _url(config: Config) -> str:
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.api.host, config.api.host)  # noqa: S104 - is not bound
-    return f"http://[{host}]:{config.api.port}" if ":" in host else f"http://{host}:{config.api.port}"
-
-
 def _is_ours(url: str) -> bool:
     try:
-        return call(url, "", "GET", "/healthz", b"").body == {"status": "ok"}
+        health = call(url, "", "GET", "/healthz", b"").body
     except UnreachableError:
         return False
+    return {"status", "lanes", "problems"} <= health.keys()  # it may be unwell, and is ours all the same
 
 
 def _added(config: Config) -> list[dict[str, Any]]:
     """The apps that a running server has from its API, where it can be found. Raises HeliographError."""
     if config.api.port == 0 or _holder(Path(config.data) / DATABASE) is None:
         return []
-    reply = call(_url(config), find_key(None, config), "GET", "/v1/apps", b"")
+    reply = call(own_url(config), find_key(None, config), "GET", "/v1/apps", b"")
     if reply.status != 200:
-        raise RefusedError(str(reply.body.get("detail")))
+        raise RefusedError(reply.status, reply.body)
     return [each for each in reply.body["apps"] if each["source"] == "api"]
 
 

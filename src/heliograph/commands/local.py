@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from collections.abc import Coroutine
 from pathlib import Path
@@ -26,6 +25,7 @@ config_option = click.option(
     "--config",
     type=click.Path(path_type=Path, dir_okay=False),
     envvar="HELIOGRAPH_CONFIG",
+    show_envvar=True,
     help=f"The configuration, as TOML.  [default: {CONFIG_FILE}, if there is one here]",
 )
 
@@ -34,9 +34,14 @@ def load_config(config: Path | None) -> Config:
     """The configuration from this file, else from the current folder's, if there is one. Raises ConfigError."""
     from heliograph.config import load
 
-    if config is None and Path(CONFIG_FILE).exists():
-        config = Path(CONFIG_FILE)
-    return load(config)
+    return load(find_config(config))
+
+
+def find_config(config: Path | None) -> Path | None:
+    """This file, else the current folder's, if there is one."""
+    if config is None and os.path.lexists(CONFIG_FILE):
+        return Path(CONFIG_FILE)
+    return config
 
 
 def run_loop(main: Coroutine[Any, Any, None]) -> None:
@@ -57,8 +62,12 @@ def write_private(path: Path, content: bytes) -> Path:
 
 
 def make_folder(folder: Path) -> None:
+    """Make a folder that only we can look into, and so each that is missing above it. Raises ConfigError."""
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for each in (*reversed(folder.parents), folder):
+            if not each.exists():
+                each.mkdir(mode=0o700, exist_ok=True)
+        folder.mkdir(exist_ok=True)  # complains where it is something else
     except OSError as error:
         raise ConfigError(f"The folder {folder} cannot be made ({error.strerror}): name another one") from None
 
@@ -78,6 +87,8 @@ def free_port(first: int) -> int:
 
 def program() -> str:
     """What to type to run this program again, from the current folder."""
+    import shutil
+
     if shutil.which("heliograph"):
         return "heliograph"
     here = Path(sys.argv[0]).absolute()

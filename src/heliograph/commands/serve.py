@@ -22,12 +22,28 @@ if TYPE_CHECKING:
 @config_option
 @click.option("--simulator", is_flag=True, help="Send to a simulator in this process instead of to Apple.")
 @click.option(
-    "--log-format", type=click.Choice(["console", "json"]), default="console", show_default=True, help="On stderr."
+    "--log-format",
+    type=click.Choice(["console", "json"]),
+    default="console",
+    show_default=True,
+    envvar="HELIOGRAPH_LOG_FORMAT",
+    show_envvar=True,
+    help="On stderr.",
 )
-def serve(config: Path | None, log_format: str, *, simulator: bool) -> None:
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    show_default=True,
+    envvar="HELIOGRAPH_LOG_LEVEL",
+    show_envvar=True,
+    help="What is logged, and all that is graver.",
+)
+@click.option("--json", "as_json", is_flag=True, help="The same as --log-format json.")
+def serve(config: Path | None, log_format: str, log_level: str, *, simulator: bool, as_json: bool) -> None:
     """Run the server until Ctrl-C or SIGTERM.
 
-    SIGHUP has the apps of the configuration read again.
+    SIGHUP has the apps of the configuration read again. heliograph config shows which settings count.
 
     \b
     Examples:
@@ -46,7 +62,7 @@ def serve(config: Path | None, log_format: str, *, simulator: bool) -> None:
     from heliograph import service
 
     settings = load_config(config)
-    service.configure_logging(json=log_format == "json")
+    service.configure_logging(json=as_json or log_format == "json", level=log_level)
 
     def reread() -> Config:
         return load_config(config)
