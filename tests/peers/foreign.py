@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import shutil
 import subprocess
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,6 @@ from tests.programs import need
 
 HERE = Path(__file__).parent
 CACHE = HERE / ".cache"
-GO_AT_LEAST = (1, 24)
 
 
 def build_go(module: str, package: str) -> Path:
@@ -27,10 +27,12 @@ def build_go(module: str, package: str) -> Path:
     """
     go = need("go")
     version = subprocess.run([go, "env", "GOVERSION"], check=True, capture_output=True, text=True).stdout
-    if tuple(map(int, re.findall(r"\d+", version)[:2])) < GO_AT_LEAST:
-        pytest.skip(f"{version.strip()} is too old: install Go {'.'.join(map(str, GO_AT_LEAST))} or newer")
+    wanted = re.search(r"^go (\d+)\.(\d+)", (HERE / module / "go.mod").read_text(), re.MULTILINE)
+    assert wanted is not None
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < tuple(map(int, wanted.groups())):
+        pytest.skip(f"{version.strip()} is too old: install Go {'.'.join(wanted.groups())} or newer")
     CACHE.mkdir(exist_ok=True)
-    program = CACHE / Path(package).name
+    program = CACHE / (Path(package).name or Path(module).name)
     # Built aside and moved, because another process of the test run may be starting the program just now.
     fresh = program.with_suffix(f".{os.getpid()}")
     subprocess.run([go, "build", "-mod=readonly", "-o", fresh, package], check=True, cwd=HERE / module)
@@ -38,10 +40,33 @@ def build_go(module: str, package: str) -> Path:
     return program
 
 
-async def run(*command: str | Path, timeout_s: float = 50.0) -> str:
-    """Run a program to its end; its output, errors among it. Fails where it does not exit with 0."""
+def build(name: str, steps: Sequence[Sequence[str]], change: Callable[[Path], None] | None = None) -> Path:
+    """Copy `apple/NAME` into the cache, let `change` at it, and run the steps there, unless that was done before.
+
+    Returns the folder: what package managers get they put beside the sources.
+    """
+    source, folder = HERE / "apple" / name, CACHE / f"apple-{name}"
+    made = folder / "made"
+    newest = max(file.stat().st_mtime for file in source.rglob("*"))
+    if not made.exists() or made.stat().st_mtime < newest:
+        shutil.copytree(source, folder, dirs_exist_ok=True)
+        if change is not None:
+            change(folder)
+        for step in steps:
+            done = subprocess.run(step, cwd=folder, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, f"{' '.join(step)}\n{done.stdout}{done.stderr}"
+        made.touch()
+    return folder
+
+
+async def run(*command: str | Path, timeout_s: float = 50.0, more: dict[str, str] | None = None) -> str:
+    """Run a program to its end; its output, errors among it. Fails where it does not exit with 0.
+
+    `more`: what its environment has besides ours.
+    """
     process = await asyncio.create_subprocess_exec(
         *map(str, command),
+        env={**os.environ, **(more or {})},
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,

@@ -1,0 +1,3 @@
+module heliograph/peers/apple/nethttp
+
+go 1.24
