@@ -13,9 +13,10 @@ import apsw
 import pytest
 import structlog
 
+from heliograph import batches
 from heliograph.carriers.apns import ApnsCarrier, Endpoint, PoolSettings, Route
 from heliograph.errors import NotConnected, Refused, StoreError
-from heliograph.model import Access, App, Environment, Headers, LeaseEnd, Outcomes, PushType, State
+from heliograph.model import Access, App, Batch, Detail, Environment, Headers, LeaseEnd, Outcomes, PushType, State
 from heliograph.net.tls import client_context
 from heliograph.protocols.http2 import ErrorCode
 from heliograph.relay import Relay
@@ -403,6 +404,38 @@ async def test_a_clock_that_is_set_back_does_not_put_off_what_is_to_be_sent_agai
     await relay.drain()
     await store.aclose()
     assert (receipt.state, receipt.attempts) == (State.ACCEPTED, 2)
+
+
+async def test_what_a_fast_clock_put_off_is_sent_soon_after_a_start_with_the_right_one(
+    tmp_path: Path, apple: Simulator
+) -> None:
+    apple.add_app(TOPIC)
+    path = tmp_path / "heliograph.db"
+    ahead = 7200.0
+
+    def clock() -> float:
+        return time.time() + ahead
+
+    store = await SqliteStore.open(path, clock=clock)
+    batch = Batch(
+        id=batches.new_batch_id(clock(), bytes(8)),
+        app=APP,
+        environment=Environment.PRODUCTION,
+        created_at=clock(),
+        headers=(Headers(TOPIC),),
+        tokens=[token(number).encode() for number in range(2)],
+        payloads=[b'{"aps":{}}'],
+    )
+    await store.put([batch])
+    (lease,) = await store.take(1)
+    again_at = clock() + 30
+    details = tuple(Detail(index, "InvalidProviderToken", 403, attempts=2, due_at=again_at) for index in range(2))
+    await store.record([Outcomes(batch.id, 1, bytes(2), bytes(8), details)], [])
+    await store.finish([LeaseEnd(lease.batch.id, 1, again_at)])
+    await store.aclose()
+    async with open_house(tmp_path, apple) as house:
+        receipts = await house.receipts([batches.notification_id(batch.id, index) for index in range(2)])
+    assert [receipt.state for receipt in receipts] == [State.ACCEPTED] * 2
 
 
 async def test_credentials_that_apple_refuses_cost_no_notification(tmp_path: Path, apple: Simulator) -> None:

@@ -47,6 +47,9 @@ _ELSEWHERE_S = 1.0
 _ELSEWHERE_MAX_S = 30.0
 """Pauses before what came back unprocessed twice is tried again: then it is not the one connection that is at fault."""
 
+_CLOCK_TOLERANCE_S = 60.0
+"""By so much clocks are set back in passing."""
+
 _NOT_ENDED = (State.QUEUED, State.SENT)
 _GIVEN_UP = (State.BURIED, State.EXPIRED)
 
@@ -174,7 +177,7 @@ class Progress:
         moment = self.milliseconds(now)
         if state not in _NOT_ENDED:
             self.ended[state] = self.ended.get(state, 0) + len(indices)
-        if isinstance(indices, range):
+        if isinstance(indices, range) and len(indices) > 1:
             span = slice(indices.start, indices.stop)
             self.states[span] = bytes((state,)) * len(indices)
             self.times[span] = array("I", (moment,)) * len(indices)
@@ -218,7 +221,11 @@ class Progress:
                 self.details[index] = Detail(index, reason="NoAnswer", why=why, attempts=attempts)
             self.set_state(lost, State.UNKNOWN, now)
             indices = [index for index in range(size) if self.states[index] == State.QUEUED]
-            later = [index for index in indices if _due_at(self.details.get(index)) > moment.steady]
+            # What was made in the future was put off by a clock that was fast, and set right before we started.
+            if self.batch.created_at <= moment.steady + _CLOCK_TOLERANCE_S:
+                later = [index for index in indices if _due_at(self.details.get(index)) > moment.steady]
+            else:
+                later = []
             if later:
                 self.put_off(min(_due_at(self.details.get(index)) for index in later))
                 self.later.update(later)
