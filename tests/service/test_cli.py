@@ -769,7 +769,14 @@ def test_doctor_sees_the_apps_that_a_running_server_was_given(tmp_path: Path) ->
         assert level == "warning"
         assert "added by the API: 19 days left" in text
         assert "apps" not in found
-        assert examine(tmp_path, "--offline", HELIOGRAPH_KEY="hg_wrong")[1]["apps"][0][0] == "warning"
+        assert found["API key"] == [("ok", "the server's own, may send, read, manage for all apps")]
+        found = examine(tmp_path, "--offline", HELIOGRAPH_KEY="hg_wrong")[1]
+        assert found["apps"][0][0] == "warning"
+        assert "API key" not in found
+        key = run(tmp_path, "keys", "add", "web", "--app", "shop").stdout.strip()
+        found = examine(tmp_path, "--offline", HELIOGRAPH_KEY=key)[1]
+        assert found["API key"] == [("ok", "web, may send for shop")]
+        assert "the scope manage: yours has send" in found["apps"][0][1]
 
 
 def test_doctor_tries_the_master_key_on_stored_apps(tmp_path: Path) -> None:

@@ -85,10 +85,12 @@ def of_apps(config: Config) -> Iterator[tuple[Entry | None, list[Finding]]]:
             yield None, [problem(about, str(error))]
             continue
         yield entry, [_of_access(about, access, now) for access in entry.app.access]
+    added = []
     try:
-        added = _added(config)
+        if key := _ask(config, "/v1/keys/self"):
+            yield None, [ok("API key", f"{key['name']}, may {', '.join(key['scopes'])} for {_for(key['apps'])}")]
+        added = [each for each in _ask(config, "/v1/apps").get("apps", ()) if each["source"] == "api"]
     except HeliographError as error:
-        added = []
         yield None, [warning("apps", f"what the running server has besides cannot be seen: {error}")]
     for shown in added:
         yield None, [_of_shown(f"app {shown['name']}", each) for each in shown["credentials"]]
@@ -266,14 +268,18 @@ def _is_ours(url: str) -> bool:
     return {"status", "lanes", "problems"} <= health.keys()  # it may be unwell, and is ours all the same
 
 
-def _added(config: Config) -> list[dict[str, Any]]:
-    """The apps that a running server has from its API, where it can be found. Raises HeliographError."""
+def _ask(config: Config, path: str) -> dict[str, Any]:
+    """What a running server has there; nothing where it cannot be found. Raises HeliographError."""
     if config.api.port == 0 or _holder(Path(config.data) / DATABASE) is None:
-        return []
-    reply = call(own_url(config), find_key(None, config), "GET", "/v1/apps", b"")
+        return {}
+    reply = call(own_url(config), find_key(None, config), "GET", path, b"")
     if reply.status != 200:
         raise RefusedError(reply.status, reply.body)
-    return [each for each in reply.body["apps"] if each["source"] == "api"]
+    return reply.body
+
+
+def _for(apps: Sequence[str] | None) -> str:
+    return "all apps" if apps is None else ", ".join(apps)
 
 
 def _of_access(about: str, access: Access, now: float) -> Finding:
