@@ -7,9 +7,9 @@
 // slow down the questions (coordinated omission). Otherwise the clock is read right before the request is handed to the
 // kernel in one piece, so that what this program itself is late does not count; it is told apart.
 //
-// usage: load -p PORT -q REQUEST_FILE -s OFFSET -t OFFSET -d TOKENS_FILE -o LOG [-c CONNECTIONS] [-n NUMBER]
+// usage: load -p PORT -q REQUEST_FILE -s OFFSET [-s OFFSET] -t OFFSET -d TOKENS_FILE -o LOG [-c CONNECTIONS] [-n NUMBER]
 //             [-f FIRST_SEQUENCE_NUMBER] [-r PER_SECOND]
-// The request file holds headers and body of one request; at the offsets stand a sequence number and a token, which are
+// The request file holds headers and body of one request; at the offsets stand sequence numbers and a token, which are
 // overwritten with others of the same length. The log is an array of `Entry`. Prints one line of JSON.
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -30,6 +30,7 @@
 #include <unistd.h>
 
 #define DIGITS 10
+#define PLACES 2                 // where the sequence number stands, at most
 #define ANSWER_SIZE 65536
 #define PATIENCE_MS 30000        // without any answer
 #define MAX_CONNECTIONS 4096
@@ -48,7 +49,7 @@ typedef struct {
 } Connection;
 
 static char *request;
-static size_t request_length, sequence_at, token_at, token_length, tokens;
+static size_t request_length, sequence_at[PLACES], places, token_at, token_length, tokens;
 static char **token;
 static Entry *entries;
 static uint32_t number = 1000, first_sequence, sent, answered;
@@ -108,7 +109,8 @@ static void send_next(uint64_t due_ns) {
     Connection *c = idle[idle_first];
     idle_first = (idle_first + 1) % MAX_CONNECTIONS, idle_count--;
     uint32_t sequence = first_sequence + sent, rest = sequence;
-    for (int i = DIGITS - 1; i >= 0; i--, rest /= 10) request[sequence_at + i] = '0' + rest % 10;
+    for (int i = DIGITS - 1; i >= 0; i--, rest /= 10)
+        for (size_t place = 0; place < places; place++) request[sequence_at[place] + i] = '0' + rest % 10;
     memcpy(request + token_at, token[sequence % tokens], token_length);
     c->entry = sent;
     Entry *e = &entries[sent++];
@@ -163,7 +165,10 @@ int main(int argc, char **argv) {
     while ((option = getopt(argc, argv, "p:q:s:t:d:o:c:n:f:r:")) != -1) switch (option) {
         case 'p': port = atoi(optarg); break;
         case 'q': request_file = optarg; break;
-        case 's': sequence_at = strtoul(optarg, NULL, 10); break;
+        case 's':
+            if (places == PLACES) fail("too many offsets", NULL);
+            sequence_at[places++] = strtoul(optarg, NULL, 10);
+            break;
         case 't': token_at = strtoul(optarg, NULL, 10); break;
         case 'd': tokens_file = optarg; break;
         case 'o': log = optarg; break;
@@ -177,7 +182,9 @@ int main(int argc, char **argv) {
         fail("usage: load -p PORT -q REQUEST -s OFFSET -t OFFSET -d TOKENS -o LOG [-c N] [-n N] [-f N] [-r N]", NULL);
     request = whole_file(request_file, &request_length);
     read_tokens(tokens_file);
-    if (sequence_at + DIGITS > request_length || token_at + token_length > request_length) fail("bad offsets", NULL);
+    for (size_t place = 0; place < places; place++)
+        if (sequence_at[place] + DIGITS > request_length) fail("bad offsets", NULL);
+    if (!places || token_at + token_length > request_length) fail("bad offsets", NULL);
     entries = calloc(number, sizeof *entries);
     if (!entries) abort();
 

@@ -18,6 +18,8 @@ from bench.serving import APP, Server
 CONNECTIONS = 64
 SEQUENCE = b"0" * 10
 """Where a sequence number goes; the far side looks for it behind `"id":"`."""
+_KEY = "0192f3b2-6f0e-7c51-9a3d-"
+"""With a sequence number behind it an idempotency key about as long as people send."""
 _ENTRY = struct.Struct("=QQQII")  # as in load.c
 
 
@@ -50,10 +52,12 @@ def load(
     per_second: float = 0,
     connections: int = CONNECTIONS,
     app: str = APP,
+    once: bool = False,
 ) -> Loaded:
     """Post `number` single notifications with the sequence numbers from `first` on; each must be answered 2xx.
 
-    `per_second` 0: each connection sends as soon as it was answered. Raises Absent and Failed.
+    `per_second` 0: each connection sends as soon as it was answered. `once`: each with an `Idempotency-Key` of its own.
+    Raises Absent and Failed.
     """
     program = c_program("load", "#include <sys/timerfd.h>\n")
     tokens = data / "tokens.txt"
@@ -61,11 +65,13 @@ def load(
         token = file.readline().strip().encode()
     payload = msgspec.json.decode((data / "body.json").read_bytes()) | {"id": SEQUENCE.decode()}
     body = b'{"app":"%s","token":"%s","payload":%s}' % (app.encode(), token, msgspec.json.encode(payload))
-    request = server.http_post(body)
+    request = server.http_post(body, {"idempotency-key": _KEY + SEQUENCE.decode()} if once else {})
     with tempfile.NamedTemporaryFile(dir=BUILD) as given, tempfile.NamedTemporaryFile(dir=BUILD) as log:
         given.write(request)
         given.flush()
         where = ["-s", request.index(b'"id":"' + SEQUENCE) + 6, "-t", request.index(token)]
+        if once:
+            where += ["-s", request.index(_KEY.encode() + SEQUENCE) + len(_KEY)]
         amount = ["-n", number, "-f", first, "-r", per_second, "-c", connections]
         command = [program, "-p", server.port, "-q", given.name, "-d", tokens, "-o", log.name, *where, *amount]
         with on_core(FAR_SIDE_CORE):

@@ -24,6 +24,7 @@ import msgspec
 INTERVAL_S = 0.001
 PARTS = (
     # part of the file's path, name of the function where that narrows it down
+    ("/heliograph/net/http1.py", "", "HTTP server"),
     ("/heliograph/net/http2.py", "_write", "Apple's wire: TLS and sockets, out"),
     ("/heliograph/net/http2.py", "", "Apple's wire: driving"),
     ("/heliograph/protocols/http2/", "", "Apple's wire: HTTP/2 and HPACK"),

@@ -23,8 +23,11 @@ from bench.serving import await_accepted, await_listening, bare, heliograph
 
 NUMBER = 40_000
 WARM = 5_000
+ASK_S = 0.25
+"""Between two looks at what Apple has accepted; when that was, the far side says."""
 BARE = "bare API, keeps nothing"
 DURABLE = "heliograph, durable"
+ONCE = "heliograph, each with an Idempotency-Key"
 
 
 class Run(msgspec.Struct, frozen=True):
@@ -52,15 +55,15 @@ def run(options: Options) -> Report:
             store=f"SQLite, synchronous=FULL; a write of 4 kB with fdatasync takes {sync_ms(BUILD):.2f} ms there",
         ),
     )
-    runs: dict[str, list[Run]] = {DURABLE: [], BARE: []}
+    runs: dict[str, list[Run]] = {DURABLE: [], ONCE: [], BARE: []}
     for turn in range(options.rounds):
-        for name, take in ((DURABLE, _durable), (BARE, _bare)):
+        for name, take in ((DURABLE, _durable), (ONCE, _once), (BARE, _bare)):
             one = take(number, options)
             runs[name].append(one)
             rate, cpu_us = number / one.loaded.secs, one.cpu.total / number * 1e6
             say(f"round {turn + 1} of {options.rounds}: {name} {cpu_us:.0f} us, {rate:,.0f}/s")
     for name, each in runs.items():
-        ratios = [one.cpu.total / other.cpu.total for one, other in zip(each, runs[BARE], strict=True)]
+        beside = [(one.cpu, bare_one.cpu.total) for one, bare_one in zip(each, runs[BARE], strict=True)]
         row: dict[str, Cell] = {
             "server": name,
             "answered / s": Spread.of([number / one.loaded.secs for one in each]),
@@ -69,10 +72,12 @@ def run(options: Options) -> Report:
         for title, share in (("p50 ms", 0.5), ("p99 ms", 0.99), ("max ms", 1.0)):
             row[title] = Spread.of([percentile(one.loaded.answer_ms, share) for one in each])
         row["CPU us / request"] = Spread.of([one.cpu.total / number * 1e6 for one in each])
-        row["x bare"] = Spread.of(ratios)
-        row["loop us"] = Spread.of([one.cpu.loop / number * 1e6 for one in each])
-        row["writer us"] = Spread.of([one.cpu.writer / number * 1e6 for one in each])
-        row["other threads us"] = Spread.of([one.cpu.rest / number * 1e6 for one in each])
+        row["of it SQLite's writer"] = (
+            "-" if name == BARE else Spread.of([one.cpu.writer / number * 1e6 for one in each])
+        )
+        row["the rest"] = Spread.of([(cpu.loop + cpu.rest) / number * 1e6 for cpu, _ in beside])
+        row["the rest x bare"] = Spread.of([(cpu.loop + cpu.rest) / least for cpu, least in beside])
+        row["all x bare"] = Spread.of([cpu.total / least for cpu, least in beside])
         row["far core"] = Spread.of([one.far_core for one in each])
         row["RSS MB"] = max(one.rss_mb for one in each)
         report.rows.append(row)
@@ -91,7 +96,11 @@ def _over(runs: list[Run], figure: Callable[[Run], float | None]) -> Cell:
     return Spread.of(values) if values else "-"
 
 
-def _durable(number: int, options: Options, profile: Path | None = None) -> Run:
+def _once(number: int, options: Options) -> Run:
+    return _durable(number, options, once=True)
+
+
+def _durable(number: int, options: Options, profile: Path | None = None, *, once: bool = False) -> Run:
     total = WARM + number
     with (
         sink(options.data, log=True) as apple,
@@ -99,12 +108,12 @@ def _durable(number: int, options: Options, profile: Path | None = None) -> Run:
         heliograph(Path(folder), options.data, apple.port, profile) as server,
     ):
         await_listening(server)
-        load(server, options.data, number=WARM)
-        await_accepted(server, WARM)
+        load(server, options.data, number=WARM, once=once)
+        await_accepted(server, WARM, pause_s=ASK_S)
         before, far_before = cpu_of_threads(server.pid), cpu_of_tree(apple.pid)
-        loaded = load(server, options.data, number=number, first=WARM)
+        loaded = load(server, options.data, number=number, first=WARM, once=once)
         far_cpu = cpu_of_tree(apple.pid) - far_before + loaded.cpu
-        await_accepted(server, total)
+        await_accepted(server, total, pause_s=ASK_S)
         cpu = cpu_of_threads(server.pid).minus(before)
         rss_mb = memory_mb(server.pid)[1]
     apple.must_have(total)

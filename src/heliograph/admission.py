@@ -7,6 +7,7 @@ Apple would take.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from itertools import compress
 from typing import TypeVar
 
@@ -104,7 +105,12 @@ def _check_headers(
         final = known.get(each)
         if final is None:
             try:
-                final = known[each] = _final_headers(app, environment, now, each)
+                final = _final_headers(app.topics, each)
+                if app.credentials_for(environment, final.topic) is None:
+                    raise _without_credentials(app, environment, final.topic)
+                if each.expiration is not None and policy.deadline(now, each.expiration) <= now:
+                    raise Refused("BadExpirationDate", "The expiration has passed already.", field="expiration")
+                known[each] = final
             except Refused as error:
                 refused.append(_at(error, index if len(headers) > 1 else None))
                 final = each
@@ -112,28 +118,33 @@ def _check_headers(
     return out
 
 
-def _final_headers(app: App, environment: Environment, now: float, headers: Headers) -> Headers:
+@lru_cache(1024)  # most notifications of an app have the same few, and to check them takes longer than to find them
+def _final_headers(topics: tuple[str, ...], headers: Headers) -> Headers:
+    """As they will be sent for an app with these topics. Raises Refused.
+
+    What is kept outlives the app, and the moment: neither credentials nor a clock have to do with it.
+    """
     if not headers.topic:
-        if len(app.topics) != 1:
-            text = f"The app has several topics: name one of {', '.join(app.topics)}."
+        if len(topics) != 1:
+            text = f"The app has several topics: name one of {', '.join(topics)}."
             raise Refused("MissingTopic", text, field="topic")
-        headers = replace(headers, topic=apns.topic_for(app.topics[0], headers.push_type))
+        headers = replace(headers, topic=apns.topic_for(topics[0], headers.push_type))
     apns.check_headers(headers)
-    if not apns.allowed_topic(headers.topic, headers.push_type, app.topics):
-        wanted = " or ".join(apns.topic_for(topic, headers.push_type) for topic in app.topics)
+    if not apns.allowed_topic(headers.topic, headers.push_type, topics):
+        wanted = " or ".join(apns.topic_for(topic, headers.push_type) for topic in topics)
         text = f"The topic {headers.topic!r} is not the app's. With push type {headers.push_type} send {wanted}."
         raise Refused("TopicDisallowed", text, field="topic")
-    if app.credentials_for(environment, headers.topic) is None:
-        text = (
-            f"The app {app.name!r} has no credentials for the topic {headers.topic!r} in {environment}: no certificate "
-            "of its lists it. Add a certificate that does, or a signing key, which serves every push type."
-        )
-        raise Refused("TopicDisallowed", text, field="push_type")
-    if policy.deadline(now, headers.expiration) <= now:
-        raise Refused("BadExpirationDate", "The expiration has passed already.", field="expiration")
     if headers.push_type is PushType.ALERT and headers.collapse_id is None and headers.collapse_on_id is None:
         headers = replace(headers, collapse_on_id=True)
     return headers
+
+
+def _without_credentials(app: App, environment: Environment, topic: str) -> Refused:
+    text = (
+        f"The app {app.name!r} has no credentials for the topic {topic!r} in {environment}: no certificate of its "
+        "lists it. Add a certificate that does, or a signing key, which serves every push type."
+    )
+    return Refused("TopicDisallowed", text, field="push_type")
 
 
 def _check_tokens(tokens: Sequence[str], refused: list[Refused]) -> list[bytes]:

@@ -54,6 +54,9 @@ def make_batches(
 
     `headers` and `payloads` have one entry for all or one each.
     """
+    if len(tokens) == 1:
+        yield Batch(new_id(), app, environment, created_at, tuple(headers), tokens, payloads)
+        return
     start = 0
     while start < len(tokens):
         stop = _cut(start, tokens, payloads)

@@ -35,15 +35,21 @@ from heliograph.errors import HeliographError
 
 def main() -> NoReturn:
     """The program `heliograph`."""
+    _fill_gaps()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character
     try:
         sys.exit(_run())
     except (KeyboardInterrupt, click.Abort):
-        if sys.stderr.isatty():
-            click.echo(err=True)
         sys.exit(INTERRUPTED)
+
+
+def _fill_gaps() -> None:
+    """Stdin, stdout and stderr that were closed: what is opened next would take their place, and libuv ends by that."""
+    while (file := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(file)
 
 
 def _run() -> int:

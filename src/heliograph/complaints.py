@@ -47,6 +47,11 @@ def dissect(error: msgspec.ValidationError) -> Dislike:
     return Dislike(words, place.removesuffix("`").removeprefix(".")[:_SHOWN])
 
 
+def sandbox_hint(dislike: Dislike) -> str:
+    """What to say behind the environments that there are, to who used Apple's other word for one."""
+    return " Apple's sandbox is called development here." if dislike.words.endswith(" 'sandbox'") else ""
+
+
 def closest(name: str, known: Iterable[str]) -> str | None:
     """Which of the known names may have been meant."""
     return next(iter(get_close_matches(name[:_SHOWN].lower(), list(known), n=1)), None)

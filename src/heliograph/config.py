@@ -242,6 +242,9 @@ class AppContent(Struct, frozen=True, kw_only=True, omit_defaults=True):
         return f"<app with {len(self.credentials)} credentials>"
 
 
+_OF_CERTIFICATES = (".p12", ".pfx", ".cer", ".crt")
+
+
 def check_credentials(given: CredentialSettings) -> None:
     """Whether they belong together. Raises ValueError."""
     if given.key is not None and given.certificate is not None:
@@ -251,6 +254,8 @@ def check_credentials(given: CredentialSettings) -> None:
     if given.key is not None:
         if given.certificate_key is not None:
             raise ValueError("has certificate_key, which goes with a certificate and not with a key: remove it")
+        if given.team_id is None and given.key.lower().endswith(_OF_CERTIFICATES):
+            raise ValueError("has a key whose name is that of a certificate: if it is one, write certificate, not key")
         if given.team_id is None:
             raise ValueError(
                 "has a key but no team_id: write the 10 characters that the developer account shows as Team ID"
@@ -514,8 +519,13 @@ class _Reader:
             return self.struct(type_, value, path)
         if get_origin(type_) is dict:
             if not isinstance(value, dict):
-                raise self._no_table(path, f"must hold tables, [{'.'.join(path)}.NAME]")
+                raise self._no_table(path, f"must hold tables, {_a_table(path)}")
             (_, inner) = get_args(type_)
+            for name, each in value.items():
+                if name in inner.__struct_fields__ and not isinstance(each, dict):
+                    raise self._no_table(
+                        (*path, name), f"is a setting of a single one: write {_a_table(path)} above it"
+                    )
             return {name: self.struct(inner, each, (*path, self._app_name(name, path))) for name, each in value.items()}
         if get_origin(type_) is tuple and issubclass(get_args(type_)[0], Struct):
             if not isinstance(value, list):
@@ -535,6 +545,8 @@ class _Reader:
             kinds = get_args(type_) or (type_,)
             choices = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, StrEnum)), ())
             wanted = f"write one of {', '.join(choices)}" if choices else _plain(str(error))
+            if value == "sandbox" and Environments.DEVELOPMENT in choices:
+                wanted += "; Apple's sandbox is called development here"
             if from_variable:  # all is text there, and nothing in quotes
                 wanted = wanted.removesuffix(", got text in quotes")
             raise ConfigError(f"{self._where(path)} does not fit: {wanted}") from None
@@ -553,7 +565,13 @@ class _Reader:
 
         variable = self._variable_below(path)
         if variable is None:
-            close = get_close_matches(path[-1].lower(), known, n=1)
+            name = path[-1].lower()
+            meant = _OTHER_NAMES.get(name, name)
+            elsewhere = " or ".join(_tables_with(meant))
+            close = [meant] if meant in known else get_close_matches(name, known, n=1)
+            if elsewhere and meant not in known:
+                what = "it" if meant == name else f"did you mean {meant}? It"
+                return ConfigError(f"{self._where(path)} is not a setting here: {what} belongs below {elsewhere}")
             hint = f"did you mean {close[0]}?" if close else f"known here are {', '.join(known)}"
             return ConfigError(f"{self._where(path)} is not a setting: {hint}")
         of_app = path[0] == "apps"
@@ -561,6 +579,10 @@ class _Reader:
         names = [PREFIX + name for name in _variables_of(Config, label)]
         common = len(f"{PREFIX}APPS__{label}__" if of_app else PREFIX)  # what is alike anyway
         alike = {name[common:].replace("__", "_"): name for name in (*names, *sorted(_OTHERS))}
+        front, _, last = variable.rpartition("__")
+        meant = f"{front}__{_OTHER_NAMES.get(last.lower(), '')}".upper()
+        if meant in names:
+            return ConfigError(f"{variable} is not a setting: did you mean {meant}?")
         close = get_close_matches(variable[common:].upper().replace("__", "_"), alike, n=1)
         if close:
             return ConfigError(f"{variable} is not a setting: did you mean {alike[close[0]]}?")
@@ -597,6 +619,29 @@ def _is_table(value: Any) -> bool:
 
 def _numbered(way: _Way, number: int) -> _Way:
     return (*way[:-1], f"{way[-1]}[{number}]")
+
+
+_OTHER_NAMES = {
+    **dict.fromkeys(("bundle_id", "bundleid", "bundle_identifier", "app_id"), "topic"),
+    "bundle_ids": "topics",
+    **dict.fromkeys(("key_file", "key_path", "p8"), "key"),
+    **dict.fromkeys(("p12", "pem"), "certificate"),
+    "password": "passphrase",
+}
+"""Of settings of an app, as others call them."""
+
+
+def _tables_with(name: str) -> Iterator[str]:
+    """The tables of the file with a setting of this name."""
+    for table, hint in sorted(get_type_hints(Config).items(), key=lambda each: get_origin(each[1]) is not dict):
+        inner = get_args(hint)[1] if get_origin(hint) is dict else hint
+        if name in getattr(inner, "__struct_fields__", ()):
+            yield f"an {_a_table((table,))}" if inner is not hint else f"[{table}]"
+
+
+def _a_table(path: _Way) -> str:
+    """How to begin a table among those there."""
+    return f"[{'.'.join(path)}.NAME]"
 
 
 def _tables(path: _Way) -> str:
@@ -645,8 +690,21 @@ def _read_toml(file: Path) -> dict[str, Any]:
         return tomllib.loads(content.decode())
     except UnicodeDecodeError:
         raise ConfigError(f"{file} is not UTF-8: save it as such") from None
+    except RecursionError:
+        raise ConfigError(f"{file} has lists or tables too deep in one another: no setting is like that") from None
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{file} is not TOML: {error}") from None
+        hint = '; texts stand in double quotes, as in topic = "com.example.shop"' if _is_bare(content, error) else ""
+        raise ConfigError(f"{file} is not TOML: {error}{hint}") from None
+
+
+_is_bare_text = re.compile(r"\s*[\w.-]+\s*=\s*(?![\"'{\[])\S*[^\W\d].*").fullmatch
+
+
+def _is_bare(content: bytes, error: tomllib.TOMLDecodeError) -> bool:
+    """Whether there is text without quotes around it in the line that could not be read."""
+    place = re.search(r"\(at line (\d+),", str(error))
+    lines = content.decode().split("\n")
+    return place is not None and _is_bare_text(lines[int(place[1]) - 1].rstrip("\r")) is not None
 
 
 def _settle(folder: Path, where: str, settings: S, references: Mapping[str, bool]) -> S:

@@ -121,6 +121,10 @@ class Batch(Struct, frozen=True):
         return f"<batch {self.id}0000 of {len(self.tokens)} for {self.app}>"
 
 
+NO_ANSWER = "NoAnswer"
+"""The reason where a request went out and nobody knows whether Apple acted on it."""
+
+
 class Detail(Struct, frozen=True, omit_defaults=True):
     """What is known of one notification beyond its state octet and time; only those with news have one."""
 

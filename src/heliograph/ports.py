@@ -143,7 +143,8 @@ class Store(Protocol):
     async def cancel(self, ids: Sequence[str]) -> Sequence[str]:
         """Have these not sent any more; which of them that are. Durable on return.
 
-        Those that are sent or ended are left alone, and so are those in a batch that is leased at the moment.
+        They are cancelled, or unknown where nobody knows whether Apple took it when it was last tried. Those that are
+        sent or ended are left alone, and so are those in a batch that is leased at the moment.
         """
         ...
 

@@ -18,6 +18,7 @@ from msgspec.structs import replace
 
 from heliograph.errors import Overloaded, Repeated
 from heliograph.model import (
+    NO_ANSWER,
     ApiKey,
     Batch,
     Detail,
@@ -658,6 +659,22 @@ class StoreContract:
         assert lease.outcomes is not None
         assert lease.outcomes.states == bytes([CANCELLED, QUEUED])
         assert waits[1] in lease.outcomes.details
+
+    async def test_what_apple_may_have_taken_is_unknown_once_it_is_cancelled(self, queue: Queue, store: Store) -> None:
+        batch = a_batch(2)
+        await queue.put([batch])
+        await queue.take(1)
+        lost = Detail(0, NO_ANSWER, attempts=2, due_at=START + 900, why="reset")
+        await store.record([outcomes(batch, [QUEUED, QUEUED], lost)], [])
+        await queue.finish([LeaseEnd(batch.id, 1, START + 900)])
+        wanted = [batch.id + "0001", batch.id + "0002"]
+        assert list(await store.cancel(wanted)) == wanted
+        found = await store.find_receipts(wanted)
+        assert list(found) == [
+            told(batch, 0, State.UNKNOWN, START, reason=NO_ANSWER, why="reset", attempts=1),
+            told(batch, 1, CANCELLED, START),
+        ]
+        assert queue.waiting == 0
 
     async def test_what_is_sent_or_ended_is_not_cancelled(self, queue: Queue, store: Store, clock: Clock) -> None:
         states = [ACCEPTED, BURIED, State.REJECTED, State.UNKNOWN, State.EXPIRED, State.SENT, QUEUED, QUEUED]

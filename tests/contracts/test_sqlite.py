@@ -387,6 +387,18 @@ async def test_take_wakes_when_something_becomes_due(path: Path) -> None:
         assert time.time() >= due_at - 0.01
 
 
+async def test_who_waits_for_work_takes_over_what_was_leased_meanwhile_and_never_ended(path: Path) -> None:
+    async with opened(path, lease_s=0.05) as store:
+        batch = a_batch()
+        taking = asyncio.create_task(store.take(1))
+        async with asyncio.timeout(20):
+            while not store._takers._waiters:  # noqa: ASYNC110 - what is looked at has no event
+                await asyncio.sleep(0)
+            (lost,) = await store.put([batch], lease=True)
+            (lease,) = await taking
+        assert (lease.batch, lost.attempt, lease.attempt) == (batch, 1, 2)
+
+
 async def test_take_wakes_when_a_lease_runs_out(path: Path) -> None:
     async with opened(path, lease_s=0.05) as store:
         await store.put([a_batch()])

@@ -484,7 +484,12 @@ async def test_a_long_list_of_errors_is_cut(caller: Caller) -> None:
         ({"token": token(1), "body": "x" * 5000}, "PayloadTooLarge", "shorten it by"),
         ({"token": token(1), "payload": "text"}, "BadRequestPayload", "must be a JSON object"),
         ({"token": token(1), "title": "x", "push_type": "alrt"}, "InvalidPushType", "alert, background"),
-        ({"token": token(1), "title": "x", "environment": "sandbox"}, "BadEnvironment", "production, development"),
+        ({"token": token(1), "title": "x", "environment": "staging"}, "BadEnvironment", "production, development"),
+        (
+            {"token": token(1), "title": "x", "environment": "sandbox"},
+            "BadEnvironment",
+            "sandbox is called development",
+        ),
         ({"token": token(1), "title": "x", "environment": "development"}, "UnknownEnvironment", "not set up for"),
         ({"token": token(1), "title": "x", "topic": "com.other"}, "TopicDisallowed", TOPIC),
         ({"token": token(1), "title": "x", "priority": 7}, "BadPriority", "1, 5 or 10"),
@@ -498,7 +503,8 @@ async def test_a_long_list_of_errors_is_cut(caller: Caller) -> None:
         ({"token": token(1), "title": "x", "wait": 31}, "BadWait", "0 to 30"),
         ({"token": token(1), "title": "x", "wait": -1}, "BadWait", "0 to 30"),
         ({"tokens": [token(1)], "title": "x", "wait": 1}, "BadWait", "single token"),
-        ({"token": token(1), "title": 3}, "BadType", "expected a string or an object or null, got a whole"),
+        ({"token": token(1), "title": 3}, "BadType", "title: expected a string or an object, got a whole"),
+        ({"token": token(1), "title": "x", "priority": "high"}, "BadType", "priority: expected a whole number, got a"),
         ({"token": token(1), "title": {"loc_key": 1}}, "BadType", "title.loc_key: expected a string"),
         ({"token": token(1), "title": {"loc-key": "K"}}, "UnknownField", "'title.loc-key' here. Did you mean loc_key?"),
         ({"token": token(1), "sound": {"loud": 1}}, "UnknownField", "There may be name, volume, critical."),
@@ -511,6 +517,8 @@ async def test_a_long_list_of_errors_is_cut(caller: Caller) -> None:
         ([], "BadType", "expected an object, got an array"),
         (b"", "InvalidJson", "empty"),
         (b"{", "InvalidJson", "not JSON"),
+        (b"token=ab&title=x", "InvalidJson", "is a form, and forms are not taken: send a JSON object"),
+        (b'--7d0\r\nContent-Disposition: form-data; name="token"\r\n', "InvalidJson", "is a form"),
         (b'{"token": "\xff"}', "InvalidJson", "not UTF-8"),
         (b'{"token": "\\ud83d"}', "InvalidJson", "lone surrogate"),
         (b'{"token": NaN}', "InvalidJson", "not JSON"),
@@ -562,9 +570,14 @@ def test_what_a_caller_sent_is_not_shown() -> None:
         assert "a secret" not in shown
 
 
-@pytest.mark.parametrize("query", ["?wait=nan", "?wait=x", "?wait=", "?wait=31"])
+@pytest.mark.parametrize("query", ["?wait=nan", "?wait=x", "?wait=31"])
 async def test_a_wait_that_is_no_time_is_refused(caller: Caller, query: str) -> None:
     assert (await caller.complaint({"token": token(1), "title": "x"}, query=query))["code"] == "BadWait"
+
+
+@pytest.mark.parametrize("query", ["?wait=", "?wait=1&wait=2"])
+async def test_a_wait_that_is_empty_or_comes_twice_is_refused(caller: Caller, query: str) -> None:
+    assert (await caller.complaint({"token": token(1), "title": "x"}, query=query))["code"] == "BadParameter"
 
 
 async def test_an_unknown_query_parameter_is_refused(caller: Caller) -> None:
@@ -574,7 +587,8 @@ async def test_an_unknown_query_parameter_is_refused(caller: Caller) -> None:
 async def test_the_app_must_be_named_where_there_are_two(tmp_path: Path, apple: Simulator) -> None:
     config = settings_for(tmp_path, apple, "shop", "till")
     async with serving(config) as running, calling(running) as caller:
-        assert (await caller.complaint({"token": token(1), "title": "x"}))["code"] == "MissingApp"
+        problem = await caller.complaint({"token": token(1), "title": "x"})
+        assert (problem["code"], problem["detail"]) == ("MissingApp", "Say which app: there are shop, till.")
         await caller.send({"app": "till", "token": token(1), "title": "x"})
 
 
@@ -844,7 +858,9 @@ async def test_apps_that_come_while_the_door_is_open_are_seen(tmp_path: Path, ap
     async with open_house(tmp_path, apple, working=False) as house:
         apps: dict[str, object] = {}
         async with serving_door(door_of(house.relay, apps), house.relay) as bare:
-            assert (await bare.caller.complaint({"token": token(1), "title": "x"}))["code"] == "MissingApp"
+            problem = await bare.caller.complaint({"token": token(1), "title": "x"})
+            assert problem["code"] == "MissingApp"
+            assert problem["detail"].startswith("There is no app yet: add an [apps.NAME] to the server's configuration")
             apps["example"] = 1
             await bare.caller.send({"token": token(1), "title": "x"})
             apps["other"] = 2
@@ -1125,8 +1141,8 @@ async def test_a_configured_key_is_the_one_that_counts(tmp_path: Path, apple: Si
     [
         ({"key_id": "abc"}, "apps.shop .*key id must be 10"),
         ({"team_id": "abc"}, "apps.shop .*team id must be 10"),
-        ({"key": "file:{folder}/other.p8"}, "key_id is missing, and the file's name other.p8"),
-        ({"key": "file:{folder}/other.p8", "key_id": "ABC123DEFG"}, "apps.shop .*other.p8.*is a certificate"),
+        ({"key": "file:{folder}/key.p8"}, "key_id is missing, and the file's name key.p8"),
+        ({"key": "file:{folder}/other.p8"}, "apps.shop.key: .*other.p8 is a certificate, and has no private key"),
         ({"ca": "{folder}/absent.pem"}, "apps.shop.ca: .*cannot be read"),
     ],
 )
@@ -1136,6 +1152,8 @@ async def test_credentials_that_cannot_be_used_stop_the_start(
     config = settings_for(tmp_path, apple)
     (tmp_path / "other.p8").touch(0o600)
     (tmp_path / "other.p8").write_bytes(apple.ca_pem)
+    (tmp_path / "key.p8").touch(0o600)
+    (tmp_path / "key.p8").write_bytes(apple.signing_key.pem)
     change = {name: value.replace("{folder}", str(tmp_path)) for name, value in change.items()}
     app = msgspec.structs.replace(config.apps["shop"], **change)
     with pytest.raises(ConfigError, match=words):

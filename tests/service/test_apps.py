@@ -29,6 +29,7 @@ from structlog.testing import capture_logs
 
 from heliograph import service, vault
 from heliograph.apps import Directory
+from heliograph.apps.building import suffixed
 from heliograph.batches import new_batch_id
 from heliograph.config import (
     MAX_CREDENTIALS,
@@ -103,6 +104,22 @@ async def test_a_certificate_says_topic_and_environments_itself(tmp_path: Path) 
     assert (route.endpoint.host, route.endpoint.port, route.key) == ("api.push.apple.com", 443, None)
     assert apps.find_route("shop", PRODUCTION, "com.example.other") is None
     assert apps.find_route("till", PRODUCTION, TOPIC) is None
+
+
+@pytest.mark.parametrize(
+    "topics, certified, told",
+    [
+        (["com.example.shop"], [], []),
+        (["com.example.shop", "com.example.shop.voip"], [], ["com.example.shop.voip"]),
+        (["com.example.shop.push-type.liveactivity"], [], ["com.example.shop.push-type.liveactivity"]),
+        (["com.example.shop.voip"], ["com.example.shop.voip", "com.example.shop.voip.voip"], []),
+        (["com.example.voip"], ["com.example.shop"], ["com.example.voip"]),
+    ],
+)
+def test_a_topic_with_a_suffix_is_told_unless_a_certificate_has_it(
+    topics: list[str], certified: list[str], told: list[str]
+) -> None:
+    assert suffixed(topics, certified) == told
 
 
 async def test_a_certificate_and_its_key_may_be_two_files(tmp_path: Path) -> None:
@@ -548,6 +565,13 @@ async def test_no_answer_and_no_file_shows_a_secret(tmp_path: Path, apple: Simul
     assert "http://localhost:1" in said
 
 
+async def test_a_long_name_of_no_app_is_not_repeated_whole(tmp_path: Path) -> None:
+    async with calling(config_of(tmp_path)) as caller:
+        status, problem = await caller.ask("GET", f"/v1/apps/{'x' * 4000}")
+        assert (status, problem["code"]) == (404, "UnknownApp")
+        assert len(problem["detail"]) < 200
+
+
 async def test_an_app_of_the_configuration_is_shown_and_cannot_be_changed(tmp_path: Path, apple: Simulator) -> None:
     async with calling(config_of(tmp_path, apple)) as caller:
         assert (await caller.ask("GET", "/v1/apps/shop"))[1]["source"] == "configuration"
@@ -572,7 +596,7 @@ async def test_an_app_of_the_configuration_is_shown_and_cannot_be_changed(tmp_pa
         ({"ca": "x"}, "BadApp", "The authority to trust is not PEM"),
         ({"proxy": "file:/etc/passwd"}, "BadApp", "not like http://proxy.example.com:3128"),
         ({"port": "443"}, "BadType", "port: expected"),
-        ({"environment": "sandbox"}, "BadEnvironment", "environment must be one of production, development, both"),
+        ({"environment": "sandbox"}, "BadEnvironment", "development, both. Apple's sandbox is called development"),
         ({"teamid": "x"}, "UnknownField", "Did you mean team_id?"),
         ({"x" * 400_000: "x"}, "UnknownField", "x...' here. Known here are key, "),
         ({" - at `$x" * 10_000: "x"}, "UnknownField", "There is no field ' - at `$x"),
@@ -802,7 +826,7 @@ async def test_credentials_of_a_configured_app_or_of_none_cannot_be_changed(tmp_
         (new_key(NEW, key="very-secret"), "BadApp", "The signing key is not PEM"),
         (new_key("short"), "BadApp", "The key id must be 10 capital letters"),
         ({"certificate": "%"}, "BadApp", "PEM text, or a file as base64"),
-        (new_key(NEW, environment="sandbox"), "BadEnvironment", "environment must be one of"),
+        (new_key(NEW, environment="test"), "BadEnvironment", "must be one of production, development, both."),
         (new_key(NEW, topic=TOPIC), "UnknownField", "There is no field 'topic' here."),
         (new_key(NEW, teamid="x"), "UnknownField", "Did you mean team_id?"),
         ([], "BadType", "The body: expected object"),

@@ -15,7 +15,7 @@ import pytest
 
 from heliograph.carriers.apns import PoolSettings
 from heliograph.errors import StoreError
-from heliograph.model import Detail, Headers, LeaseEnd, Outcomes, Receipt, State
+from heliograph.model import Detail, Environment, Headers, LeaseEnd, Outcomes, Receipt, State
 from heliograph.protocols.http2 import ErrorCode
 from heliograph.simulator.faults import Action, Answer, Delay, Reset
 from heliograph.simulator.server import Judged, Simulator
@@ -87,6 +87,19 @@ async def test_what_waits_in_the_store_is_never_sent_once_it_is_cancelled(tmp_pa
     assert sorted(each.id for each in apple.received) == sorted(ids[1::2])
 
 
+async def test_who_waits_for_the_outcome_hears_at_once_that_it_was_cancelled_in_the_store(
+    tmp_path: Path, apple: Simulator
+) -> None:
+    async with open_house(tmp_path, apple, working=False) as house:
+        (lone,) = await house.push([token(1)])
+        waiting = asyncio.create_task(house.relay.receipt(lone, 1000 * PATIENCE_S))
+        await until(lambda: bool(house.relay._waiters))
+        await cancel(house, [lone])
+        receipt = await asyncio.wait_for(waiting, PATIENCE_S)
+        assert receipt is not None
+        assert receipt.state is CANCELLED
+
+
 async def test_what_waits_in_the_carrier_as_apple_cannot_be_reached_is_cancelled_at_once(cut_off: House) -> None:
     ids = await cut_off.push([token(number) for number in range(100)])
     ids += await cut_off.push([token(200)])
@@ -143,6 +156,22 @@ async def test_what_is_put_off_is_cancelled_and_its_receipt_tells_what_went_wron
     await house.receipts([lone], lambda receipt: receipt.reason is not None)
     assert states(await cancel(house, [lone])) == [CANCELLED]
     await until(lambda: house.store.waiting == 0)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+async def test_what_apple_may_have_taken_when_it_was_last_tried_is_unknown_once_it_is_cancelled(
+    house: House, apple: Simulator, *, alone: bool
+) -> None:
+    apple.resets(token(1), ErrorCode.INTERNAL_ERROR)
+    apple.misbehaves(Delay(1.0), token=token(2))  # so its batch stays in hand
+    (first, *_) = ids = await house.push([token(1)] if alone else [token(1), token(2)])
+    await house.receipts([first], lambda receipt: receipt.reason == "NoAnswer")
+    await house.relay.cancel([first])
+    receipt, *_ = await house.receipts(ids)
+    assert (receipt.state, receipt.reason, receipt.next_attempt_at) == (State.UNKNOWN, "NoAnswer", None)
+    await until(lambda: house.store.waiting == 0)
+    meter = house.relay._telemetry.lane(APP, Environment.PRODUCTION)
+    assert dict(meter.ends)["unknown",] == 1
 
 
 @pytest.mark.parametrize(

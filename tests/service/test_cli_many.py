@@ -127,6 +127,9 @@ class Wayward(ThreadingHTTPServer):
         return {"HELIOGRAPH_URL": f"http://127.0.0.1:{self.server_address[1]}", "HELIOGRAPH_KEY": "hg_x"}
 
 
+_NOT_NOW = {"type": "/docs/errors#overloaded", "code": "Overloaded", "detail": "Not now."}
+
+
 class _Answers(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         server = self.server
@@ -140,7 +143,7 @@ class _Answers(BaseHTTPRequestHandler):
         if status is None:
             return
         good = {"ids": [f"id-{token}" for token in body["tokens"]]}
-        answer = json.dumps(good if status == 202 else {"code": "Overloaded", "detail": "Not now."}).encode()
+        answer = json.dumps(good if status == 202 else _NOT_NOW).encode()
         self.send_response(status)
         self.send_header("content-length", str(len(answer)))
         self.send_header("retry-after", "0")
@@ -246,6 +249,30 @@ def test_a_filter_that_makes_no_sense_is_told(
     assert words in done.stderr
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["list", "--app", "absent"],
+        ["list", "--token", "nonsense"],
+        ["list", "--since", "2026"],
+        ["buried", "list", "--app", "absent"],
+        ["buried", "list", "--cursor", "nonsense"],
+    ],
+    ids=" ".join,
+)
+def test_a_listing_that_the_server_refuses_is_a_wrong_call(
+    shared: tuple[Path, dict[str, str]], arguments: list[str]
+) -> None:
+    folder, server = shared
+    done = run(folder, *arguments, "--json", **server)
+    assert (done.returncode, json.loads(done.stdout)["error"]["status"]) == (2, 400)
+
+
+def test_a_list_of_longer_than_there_is_time_is_one_of_all(shared: tuple[Path, dict[str, str]]) -> None:
+    folder, server = shared
+    assert run(folder, "list", "--since", "99999d", **server).returncode == 0
+
+
 def test_the_states_of_the_list_are_those_of_the_model() -> None:
     from heliograph.commands.listing import STATES
     from heliograph.model import State
@@ -329,7 +356,9 @@ class _Cemetery(BaseHTTPRequestHandler):
         query = parse_qs(urlsplit(self.path).query)
         newest = int(query.get("before", [f"{self.count + 1}"])[0]) - 1
         page = range(newest, max(newest - int(query["limit"][0]), 0), -1)
-        self._answer({"buried": [{"id": f"{n}"} for n in page], "next": f"{page[-1]}" if page[-1] > 1 else None})
+        rest = {"app": "shop", "created_at": "2026-11-21T12:00:00.000Z", "state": "buried", "reason": "NotProcessed"}
+        buried = [{"id": f"{n}", **rest} for n in page]
+        self._answer({"buried": buried, "next": f"{page[-1]}" if page[-1] > 1 else None})
 
     def do_POST(self) -> None:
         ids = json.loads(self.rfile.read(int(self.headers["content-length"])))["ids"]
@@ -346,14 +375,34 @@ class _Cemetery(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None: ...
 
 
-def test_all_that_was_given_up_on_is_replayed_the_oldest_first(tmp_path: Path) -> None:
+@pytest.fixture
+def cemetery() -> Iterator[dict[str, str]]:
+    """The environment in which commands find one."""
+    _Cemetery.replayed.clear()
+    _Cemetery.paths.clear()
     with ThreadingHTTPServer(("127.0.0.1", 0), _Cemetery) as server:
         thread = Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
-        variables = {"HELIOGRAPH_URL": f"http://127.0.0.1:{server.server_address[1]}", "HELIOGRAPH_KEY": "hg_x"}
-        done = run(tmp_path, "buried", "replay", "--all", "--app", "shop", **variables)
+        yield {"HELIOGRAPH_URL": f"http://127.0.0.1:{server.server_address[1]}", "HELIOGRAPH_KEY": "hg_x"}
         server.shutdown()
         thread.join()
+
+
+def test_what_was_given_up_on_is_listed_page_by_page(tmp_path: Path, cemetery: dict[str, str]) -> None:
+    every = run(tmp_path, "buried", "list", "--limit", "0", "--json", **cemetery)
+    assert [each["id"] for each in lines(every.stdout)] == [f"{n}" for n in range(_Cemetery.count, 0, -1)]
+    assert every.stderr == ""
+    some = run(tmp_path, "buried", "list", "--app", "shop", "--limit", "2", **cemetery)
+    assert some.stdout.splitlines()[0] == "2500  2026-11-21T12:00:00Z  shop  buried  NotProcessed"
+    assert some.stderr == "There are more: --cursor 2499\n"
+    (following,) = lines(
+        run(tmp_path, "buried", "list", "--limit", "1", "--cursor", "2499", "--json", **cemetery).stdout
+    )
+    assert following["id"] == "2498"
+
+
+def test_all_that_was_given_up_on_is_replayed_the_oldest_first(tmp_path: Path, cemetery: dict[str, str]) -> None:
+    done = run(tmp_path, "buried", "replay", "--all", "--app", "shop", **cemetery)
     assert (done.returncode, done.stdout) == (0, "2,500 wait to be sent again.\n"), done.stderr
     assert _Cemetery.replayed == [f"{n}" for n in range(1, _Cemetery.count + 1)]
     assert [path.partition("?")[2] for path in _Cemetery.paths] == [

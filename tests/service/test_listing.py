@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import json
+import threading
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -168,7 +171,8 @@ async def test_notifications_are_listed_newest_first_with_all_that_is_known_of_t
         ("push_type=alert&app=example", ["plain:1", "plain:0"]),
         (f"since={START + 120:.0f}", ["waits:0", "other:1", "other:0"]),
         (f"since={START + 119.5}&until={START + 120.001:.3f}", ["other:1", "other:0"]),
-        (f"until={DAY}.001Z", ["plain:1", "plain:0"]),
+        (f"since=0&until={DAY}.001Z", ["plain:1", "plain:0"]),
+        (f"since=100000000&until={DAY}.001Z", ["plain:1", "plain:0"]),
         (f"until={DAY}.001%2B00:00", ["plain:1", "plain:0"]),
         (f"since={DAY}-00:03", ["waits:0"]),
         ("until=2023-11-15t00:13:20.5+02:00&state=accepted", ["plain:0"]),  # a plus sign that nobody escaped
@@ -209,7 +213,10 @@ async def test_what_is_listed_is_what_was_asked_for(desk: Desk, query: str, expe
         ("since=-5", "BadParameter", "since must be a time"),
         ("until=nan", "BadParameter", "until must be a time"),
         ("until=1795262400000", "BadParameter", "rather milliseconds"),
-        ("since=10&until=10", "BadParameter", "later than since"),
+        ("since=2000000000&until=2000000000", "BadParameter", "later than since"),
+        ("since=2026", "BadParameter", "2026 would be UNIX seconds in 1970: write 2026-01-01T00:00:00Z."),
+        ("until=20261121", "BadParameter", "20261121 would be UNIX seconds in 1970: write 2026-11-21T12:00:00Z."),
+        ("since=99999999.9", "BadParameter", "would be UNIX seconds in 1973: write"),
         ("since=0001-01-01T00:00:00%2B14:00", "BadParameter", "since must be a time"),
         ("state=%ff%00", "BadParameter", "There is no state"),
     ],
@@ -235,6 +242,24 @@ async def test_a_page_may_be_short_or_empty_and_still_lead_on(desk: Desk, monkey
     assert page["next"] is not None
     assert await desk.listed("state=buried") == ids_of(oldest)
     assert len(await desk.listed()) == 39
+
+
+async def test_of_very_many_listings_at_once_some_are_put_off_and_no_other_request_is(desk: Desk) -> None:
+    caller, go_on = desk.caller, threading.Event()
+    desk.house.store._lookers.submit(go_on.wait)  # a look that takes long
+    try:
+        paths = [PATH, "/v1/buried"] * (notifications.MAX_LOOKS // 2 + 5)
+        asked = [asyncio.ensure_future(caller.ask("GET", path)) for path in paths]
+        early = [await each for each in itertools.islice(asyncio.as_completed(asked), 10)]
+        assert [(status, body["code"], response.headers["retry-after"]) for status, body, response in early] == [
+            (503, "Busy", "1")
+        ] * 10
+        await caller.send({"app": "example", "token": token(1), "title": "x"})
+    finally:
+        go_on.set()
+    answers = await asyncio.gather(*asked)
+    assert sorted(status for status, _, _ in answers) == [200] * notifications.MAX_LOOKS + [503] * 10
+    assert (await caller.ask("GET", PATH))[0] == 200
 
 
 async def test_what_is_damaged_is_listed_with_what_is_still_known(desk: Desk) -> None:

@@ -127,6 +127,40 @@ def health(server: dict[str, str]) -> dict[str, Any]:
     return found
 
 
+def test_doctor_says_what_the_running_server_cannot_send(tmp_path: Path, apple: Apple) -> None:
+    shutil.copy(apple.folder / KEY, tmp_path / "AuthKey_ABC123DEFG.p8")
+    port = str(unused_port())
+    apple.configure(tmp_path, key="AuthKey_ABC123DEFG.p8")
+    with start(tmp_path, "serve", HELIOGRAPH_API__PORT=port) as serve:
+        url_of(serve)
+        assert run(tmp_path, "doctor", HELIOGRAPH_API__PORT=port).returncode == 0
+        assert run(tmp_path, "send", "--title", "x", "--wait", "1", ALIVE, HELIOGRAPH_API__PORT=port).returncode == 4
+        doctor = run(tmp_path, "doctor", HELIOGRAPH_API__PORT=port)
+        assert doctor.returncode == 1
+        (problem,) = [line for line in doctor.stdout.splitlines() if line.startswith("problem")]
+        assert problem.startswith("problem   app shop, production: ")
+        assert "check key, key id and team id" in problem
+        doctor = run(tmp_path, "doctor", HELIOGRAPH_API__PORT=port, HELIOGRAPH_KEY="hg_wrong")
+        assert doctor.returncode == 1
+        assert "problem   server: it is failing, and tells those with an API key for it why" in doctor.stdout
+
+
+def test_topic_with_the_suffix_of_a_push_type_is_warned_of_by_log_and_doctor(tmp_path: Path, apple: Apple) -> None:
+    apple.configure(tmp_path, topic="com.example.shop.voip")
+    with start(tmp_path, "serve") as serve:
+        url_of(serve)
+        (warned,) = [line for line in serve.said().splitlines() if "warning" in line]
+        assert "topic_with_suffix" in warned
+        assert "write the bundle id" in warned
+    doctor = run(tmp_path, "doctor")
+    assert doctor.returncode == 0
+    (warned,) = [line for line in doctor.stdout.splitlines() if line.startswith("warning")]
+    assert warned == (
+        "warning   app shop: com.example.shop.voip looks like a topic with the suffix of a push type: write the bundle "
+        "id, the suffix is added"
+    )
+
+
 @pytest.mark.parametrize("how", ["strict", "registered"])
 def test_sandbox_token_sent_to_production_is_told_by_the_environment(tmp_path: Path, how: str) -> None:
     with simulating(tmp_path, *(["--strict"] if how == "strict" else [])) as apple:
@@ -365,7 +399,12 @@ def test_api_key_that_is_missing_or_wrong_is_told_with_where_to_find_it(shop: Sh
     assert "$HELIOGRAPH_DATA, or the key with --key-file or $HELIOGRAPH_KEY" in sentence(done)
     done = run(shop.folder, "send", *SHOP, "--title", "x", ALIVE, **shop.server, HELIOGRAPH_KEY="hg_...")
     assert done.returncode == 2
-    assert "refused  Unauthorized: The API key is not one of this server" in sentence(done)
+    assert sentence(done).startswith("Error: The API key is not one of this server, or was removed: name the file of ")
+    assert "with --key-file, or set $HELIOGRAPH_KEY" in sentence(done)
+    assert "Bearer" not in done.stderr
+    done = run(shop.folder, "send", *SHOP, "--title", "x", "--json", ALIVE, **shop.server, HELIOGRAPH_KEY="hg_...")
+    assert done.returncode == 2
+    assert "--key-file" in json.loads(done.stdout)["error"]["detail"]
     with pytest.raises(HTTPError) as raised:
         urllib.request.urlopen(f"{shop.server['HELIOGRAPH_URL']}/v1/notifications", b"{}")
     assert raised.value.code == 401
@@ -378,6 +417,16 @@ def test_url_with_https_for_a_server_without_tls_is_told(shop: Shop) -> None:
     done = run(shop.folder, "send", *SHOP, "--title", "x", "--url", url, ALIVE)
     assert done.returncode == 3
     assert sentence(done) == (f"Error: What answers at {url} speaks no TLS: write http:// in --url or $HELIOGRAPH_URL")
+    assert shop.took_nothing()
+
+
+def test_url_of_the_simulator_in_place_of_the_server_is_told(shop: Shop) -> None:
+    url = shop.apple.control
+    done = run(shop.folder, "send", *SHOP, "--title", "x", "--url", url, ALIVE)
+    assert done.returncode == 3
+    assert sentence(done) == (
+        f"Error: What answers at {url} is not heliograph's API: name another --url or $HELIOGRAPH_URL"
+    )
     assert shop.took_nothing()
 
 
@@ -419,6 +468,25 @@ def refused_to_start(folder: Path, **more: str) -> str:
 )
 def test_wrong_setting_is_named_with_what_to_write(tmp_path: Path, changed: dict[str, object], words: str) -> None:
     Apple(tmp_path, 443, "").configure(tmp_path, **{"ca": None, "host": None, **changed})
+    assert words in refused_to_start(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("shop.p12", "shop.p12 is a certificate with its private key: name it in certificate instead"),
+        ("shop.pem", "shop.pem is a certificate with its private key: name it in certificate instead"),
+        ("aps.cer", "aps.cer is a certificate, and has no private key: in Keychain Access select the certificate and"),
+    ],
+)
+@pytest.mark.parametrize("key_id", [None, "ABC123DEFG"])
+def test_certificate_for_a_key_is_told_by_what_the_file_holds(
+    tmp_path: Path, name: str, words: str, key_id: str | None
+) -> None:
+    made = push_certificate("com.example.shop")
+    content = {".p12": made.p12(b"tea"), ".pem": made.pem, ".cer": made.certificate_der}[Path(name).suffix]
+    private(tmp_path / name, content)
+    Apple(tmp_path, 443, "").configure(tmp_path, ca=None, host=None, key=name, key_id=key_id)
     assert words in refused_to_start(tmp_path)
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import aiohttp
 import pytest
@@ -175,6 +175,14 @@ def test_an_ended_certificate_fails_its_app_and_not_the_others() -> None:
     )
 
 
+def test_an_ended_certificate_that_apple_hangs_up_on_is_not_taken_for_the_network() -> None:
+    ended = App("shop", (TOPIC,), (Access(certificate(NOW - 86400), (PRODUCTION,)),))
+    health = judge(seen(cut_off(), apps=(ended, app("till"))))
+    assert (health.status, health.idle, health.failing, len(health.reasons)) == (Status.DEGRADED, 1, 1, 2)
+    both = App("shop", (TOPIC,), (Access(certificate(NOW - 9), (PRODUCTION,)), Access(KEY, (PRODUCTION,))))
+    assert judge(seen(cut_off(), apps=(both, app("till")))).status is Status.FAILING
+
+
 def test_an_ended_certificate_beside_a_good_one_is_degraded() -> None:
     both = App("shop", (TOPIC,), (Access(certificate(NOW - 9), (PRODUCTION,)), Access(KEY, (PRODUCTION,))))
     assert judge(seen(apps=(both,))).status is Status.DEGRADED
@@ -325,6 +333,16 @@ async def test_apples_own_trouble_is_told_until_it_is_over(tmp_path: Path, apple
         await server.until(lambda body: body["status"] == "ok" and body["lanes"]["good"] == 1)
 
 
+async def test_a_lone_5xx_among_good_answers_is_nobodys_trouble(tmp_path: Path, apple: Simulator) -> None:
+    apple.misbehaves(Answer(503, "ServiceUnavailable", retry_after_s=3600), token=token(2))
+    async with open_house(tmp_path, apple) as house:
+        await house.receipts(await house.push([token(1)]))
+        await house.receipts(await house.push([token(2)]), lambda receipt: receipt.reason is not None)
+        assert (await operations(house).healthz(None)).status == 200
+        (lane,) = house.carrier.lanes()
+        assert lane.trouble is None
+
+
 async def test_a_store_that_takes_no_more_is_failing(tmp_path: Path, apple: Simulator) -> None:
     config = settings_for(tmp_path, apple, port=unused_port())
     async with asking(replace(config, store=replace(config.store, max_waiting=2))) as server:
@@ -459,6 +477,30 @@ async def test_depths_are_those_of_lanes_whatever_their_number(tmp_path: Path) -
         assert sum(each.waiting for each in depths.values()) == 41_006 - 8
     finally:
         await store.aclose()
+
+
+async def test_who_reads_metrics_meanwhile_shares_one_walk_through_what_waits(tmp_path: Path, apple: Simulator) -> None:
+    walks = 0
+
+    class Walked:
+        """The store, and how often it is walked through."""
+
+        async def depths(self) -> Sequence[Depth]:
+            nonlocal walks
+            walks += 1
+            return await house.store.depths()
+
+    async with open_house(tmp_path, apple, working=False) as house:
+        await house.push([token(1), token(2)])
+        looking = operations(house, cast("Any", Walked()))
+        pages = await asyncio.gather(*(looking.metrics() for _ in range(50)))
+        assert walks == 1
+        for page in pages:
+            assert b'heliograph_queue_notifications{app="example",environment="production"} 2.0' in page.body
+        await house.push([token(3)])
+        page = await looking.metrics()
+        assert b'heliograph_queue_notifications{app="example",environment="production"} 3.0' in page.body
+        assert walks == 2
 
 
 async def test_a_lane_that_is_empty_again_is_shown_as_empty(tmp_path: Path, apple: Simulator) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -254,11 +255,56 @@ def test_a_taken_port_is_told_to_who_starts_it() -> None:
     assert threading.active_count() == before
 
 
+def test_who_asks_a_simulator_that_ends_is_told_so_and_does_not_hang() -> None:
+    told: list[str] = []
+    asked = threading.Event()
+
+    def ask_on() -> None:
+        try:
+            while True:
+                assert apple.received == []
+                asked.set()
+        except RuntimeError as error:
+            told.append(str(error))
+
+    with ThreadedSimulator() as apple:
+        asking = threading.Thread(target=ask_on, daemon=True)
+        asking.start()
+        assert asked.wait(PATIENCE_S)
+    asking.join(PATIENCE_S)
+    assert not asking.is_alive()
+    assert told
+
+
+def test_who_asks_a_simulator_that_does_not_listen_is_told_so() -> None:
+    apple = ThreadedSimulator()
+    with pytest.raises(RuntimeError, match="inside its `with` block"):
+        apple.wait_for(1)
+    with apple:
+        assert apple.received == []
+    with pytest.raises(RuntimeError, match="inside its `with` block"):
+        apple.rejects(ONE, "Unregistered")
+
+
+def test_an_app_that_is_removed_without_a_time_is_gone_from_now_on() -> None:
+    with ThreadedSimulator() as apple:
+        before = int(time.time() * 1000)
+        apple.unregister(ONE)
+        (device,) = apple.devices()
+        assert device.since is not None
+        assert before <= device.since <= time.time() * 1000
+        apple.unregister(ONE, since=5)
+        assert apple.devices()[0].since == 5
+
+
 def test_mistakes_are_raised_where_they_were_made() -> None:
     with ThreadedSimulator() as apple:
         with pytest.raises(ValueError, match="Apple has no reason 'Tired'"):
             apple.rejects(ONE, "Tired")
         with pytest.raises(Refused):
             apple.register("no token")
+        with pytest.raises(Refused, match="is no bundle id"):
+            apple.add_app("bad id!")
+        assert apple.devices() == []
         with pytest.raises(ValueError, match=f"Only the last {KEEP}"):
             apple.wait_for(KEEP + 1)

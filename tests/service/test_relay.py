@@ -357,6 +357,28 @@ async def test_whose_lease_ran_out_before_it_was_written_down_does_not_send_what
     assert len(apple.received) == 1
 
 
+async def test_an_end_that_comes_after_its_lease_ran_out_is_not_counted_as_it_is_not_on_record(
+    tmp_path: Path, apple: Simulator
+) -> None:
+    async with open_house(tmp_path, apple, working=False) as house:
+        (batch,) = await house.admit([token(1)])
+        (late,) = await house.store.put([batch], lease=True)
+        await house.store.finish([LeaseEnd(batch.id, late.attempt, 0.0)])
+        (lease,) = await house.store.take(1)
+        house.relay._begin(late)
+        async with asyncio.timeout(PATIENCE_S):
+            while not house.relay.unrecorded:  # noqa: ASYNC110 - what is looked at has no event
+                await asyncio.sleep(0.002)
+        await house.relay._settle_once()
+        meter = house.relay._telemetry.lane(APP, Environment.PRODUCTION)
+        assert (len(apple.received), meter.ends) == (1, [])
+        house.relay._begin(lease)
+        settling = asyncio.create_task(house.relay.settle())
+        await house.receipts([f"{batch.id}0001"])
+        settling.cancel()
+    assert (len(apple.received), meter.ends) == (2, [(("accepted",), 1)])
+
+
 async def test_nothing_new_is_sent_while_outcomes_cannot_be_recorded(tmp_path: Path, apple: Simulator) -> None:
     async with open_house(tmp_path, apple) as house:
         await house.receipts(await house.push([token(0)]))

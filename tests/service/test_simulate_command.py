@@ -10,7 +10,7 @@ import socket
 import subprocess
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ def simulating(folder: Path, *options: str) -> Iterator[Simulating]:
         process.wait(PATIENCE_S)
         assert process.stdout is not None
         process.stdout.close()
-    assert (folder / "errors").read_text() == ""
+    assert (folder / "errors").read_text().strip() == ""  # Ctrl-C ends the line that it stands in
 
 
 @pytest.fixture
@@ -143,6 +143,28 @@ def test_a_fault_script_is_in_force_from_the_start(tmp_path: Path) -> None:
         assert simulate.push() == (200, None)
 
 
+@pytest.mark.parametrize(
+    "name, script",
+    [
+        ("empty.toml", ""),
+        ("singular.toml", '[[rule]]\naction = {kind = "close"}'),
+        ("empty.json", "{}"),
+        ("bare.json", '{"kind": "close"}'),
+    ],
+)
+def test_a_fault_script_without_rules_is_told_how_they_begin(tmp_path: Path, name: str, script: str) -> None:
+    (tmp_path / name).write_text(script)
+    done = run(tmp_path, *SIMULATE, "--faults", name)
+    assert done.returncode == 2
+    assert f"{name}: There are no rules in it: in TOML each begins with [[rules]]" in done.stderr
+
+
+def test_a_host_that_is_not_here_is_not_called_a_matter_of_the_port(tmp_path: Path) -> None:
+    done = run(tmp_path, *SIMULATE, "--host", "192.0.2.1")
+    assert done.returncode == 2
+    assert re.search(r"cannot listen on 192\.0\.2\.1:0 \(.+\): name an address of this machine\n$", done.stderr)
+
+
 def test_a_fault_script_with_a_mistake_is_told_before_anything_listens(tmp_path: Path) -> None:
     (tmp_path / "faults.json").write_text('[{"action": {"kind": "clsoe"}}]')
     done = run(tmp_path, *SIMULATE, "--faults", "faults.json")
@@ -172,11 +194,42 @@ def test_it_ends_when_its_reader_had_enough(tmp_path: Path) -> None:
         assert simulate.process.wait(PATIENCE_S) == 1
 
 
+def test_it_works_and_ends_where_its_stdout_is_closed(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as two:
+        port, control = one.getsockname()[1], two.getsockname()[1]
+    ports = ["--port", f"{port}", "--control-port", f"{control}"]
+    process = subprocess.Popen(
+        ["sh", "-c", 'exec "$0" "$@" >&-', *PROGRAM, *SIMULATE, *ports, "--watch"],
+        cwd=tmp_path,
+        env=environment(tmp_path),
+        stderr=subprocess.PIPE,
+    )
+    token = ""
+    try:
+        while not token and process.poll() is None:
+            with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{control}/provider-token") as answer:
+                token = answer.read().decode()
+        assert push(port, (tmp_path / "apple" / "ca.pem").read_bytes(), token, ONE) == (200, None)
+    finally:
+        process.terminate()
+        _, errors = process.communicate(timeout=PATIENCE_S)
+    assert (process.returncode, errors) == (0, b"")
+
+
+@pytest.mark.parametrize("how, code", [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_it_ends_though_its_reader_takes_nothing_more(tmp_path: Path, how: signal.Signals, code: int) -> None:
+    with simulating(tmp_path) as simulate:
+        payload = b'{"aps":{"alert":"%b"}}' % (b"x" * 4000)
+        for _ in range(40):  # more than a pipe holds
+            assert simulate.push(payload=payload) == (200, None)
+        assert simulate.stop(how) == code
+
+
 @contextmanager
-def on_a_terminal(folder: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+def on_a_terminal(folder: Path, *arguments: str, no_color: str = "") -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     """The program, and what to read its terminal from."""
     ours, theirs = os.openpty()
-    settings = environment(folder, TERM="xterm", NO_COLOR="")
+    settings = environment(folder, TERM="xterm", NO_COLOR=no_color)
     process = subprocess.Popen(
         [*PROGRAM, *arguments], cwd=folder, env=settings, stdin=theirs, stdout=theirs, stderr=theirs
     )
@@ -189,8 +242,9 @@ def on_a_terminal(folder: Path, *arguments: str) -> Iterator[tuple[subprocess.Po
         os.close(ours)
 
 
-def test_a_terminal_gets_colours(tmp_path: Path) -> None:
-    with on_a_terminal(tmp_path, *SIMULATE, "--watch") as (process, terminal):
+@pytest.mark.parametrize("no_color, expected", [("", "\x1b[32malert"), ("1", "  alert         Hello")])
+def test_a_terminal_gets_colours_unless_they_are_unwanted(tmp_path: Path, no_color: str, expected: str) -> None:
+    with on_a_terminal(tmp_path, *SIMULATE, "--watch", no_color=no_color) as (process, terminal):
         said = ""
 
         def wait_for(words: str) -> None:
@@ -206,7 +260,8 @@ def test_a_terminal_gets_colours(tmp_path: Path) -> None:
             token = answer.read().decode()
         push(int(found[1]), (tmp_path / "apple" / "ca.pem").read_bytes(), token, ONE)
         wait_for("Hello\r\n")
-        assert "\x1b[32malert" in said
+        assert expected in said
+        assert ("\x1b" in said) is not bool(no_color)
         process.send_signal(signal.SIGINT)
         assert process.wait(PATIENCE_S) == 130
 
@@ -248,13 +303,13 @@ def test_a_line_says_which_notification_replaces_another() -> None:
     notes = [
         watcher.line(shown(b"{}", collapse, token)).note for collapse, token in (("a", ALIVE), ("a", ONE), ("b", ONE))
     ]
-    assert notes == ["the first with collapse id a"] * 2 + ["the first with collapse id b"]
+    assert notes == ["", "", ""]
     assert watcher.line(shown(b"{}", "a")).note == "replaces the last with collapse id a"
     for number in range(KEEP):
         watcher.line(shown(b"{}", f"{number}"))
-    assert watcher.line(shown(b"{}", "a")).note == "the first with collapse id a"
+    assert watcher.line(shown(b"{}", "a")).note == ""
 
 
 def test_a_line_shortens_the_device_token() -> None:
     line = Watcher().line(shown(b'{"aps":{"alert":"Hello"}}', "x", kind=PushType.VOIP))
-    assert str(line)[8:] == ".250  a1b2c3d4...  voip          Hello  (the first with collapse id x)"
+    assert str(line)[8:] == ".250  a1b2c3d4...  voip          Hello"

@@ -776,3 +776,8 @@ async def test_taken_port_and_unusable_folder_are_named(apple: Simulator, tmp_pa
 def test_new_signing_keys_differ() -> None:
     assert new_signing_key() != new_signing_key()
     assert "PRIVATE" not in repr(new_signing_key())
+
+
+@pytest.mark.parametrize("host, url", [("127.0.0.1", "https://127.0.0.1:2197"), ("::1", "https://[::1]:2197")])
+def test_url_has_an_ipv6_address_in_brackets(host: str, url: str) -> None:
+    assert Simulator(host=host, port=2197).url == url

@@ -100,6 +100,29 @@ async def test_a_test_in_any_language_finds_what_it_needs_at_the_root(box: Box) 
     assert await box.text("/AuthKey.p8") == box.apple.signing_key.pem
 
 
+async def test_what_listens_everywhere_is_shown_by_a_name_that_its_certificate_has() -> None:
+    async with (
+        Simulator(host="0.0.0.0") as apple,
+        controlled(apple) as control,
+        aiohttp.ClientSession() as session,
+    ):
+        told = (await Box(apple, control, session).ask("GET", "/"))[1]
+        assert (told["url"], told["host"]) == (f"https://localhost:{apple.port}", "localhost")
+        assert told["control"].startswith("http://localhost:")
+
+
+async def test_a_follower_is_told_the_number_under_which_the_history_has_it(box: Box) -> None:
+    await box.push()
+    told: list[tuple[int, str]] = []
+    unfollow = box.control.follow(lambda number, shown: told.append((number, shown.received.id)))
+    await box.push()
+    await box.push()
+    unfollow()
+    await box.push()
+    history = (await box.ask("GET", "/shown"))[1]["shown"]
+    assert told == [(each["number"], each["id"]) for each in history[1:3]]
+
+
 async def test_the_provider_token_it_gives_is_of_its_own_key(box: Box) -> None:
     told = (await box.ask("GET", "/"))[1]
     token = await box.text("/provider-token")
@@ -360,6 +383,13 @@ async def test_reset_forgets_what_was_done_and_keeps_what_clients_have(box: Box)
     "method, path, content, status, words",
     [
         ("GET", "/device", None, 404, "There is no path '/device' here: did you mean /devices?"),
+        (
+            "POST",
+            "/rules/",
+            {"action": {"kind": "close"}},
+            404,
+            "There is no path '/rules/' here: did you mean /rules?",
+        ),
         ("GET", "/" + "x" * 500, None, 404, "...' here: there are /, "),
         ("POST", "/shown", None, 405, "/shown takes GET, HEAD only"),
         ("PATCH", f"/devices/{ONE}", None, 405, "takes DELETE, GET, HEAD, PUT only"),
@@ -379,6 +409,10 @@ async def test_reset_forgets_what_was_done_and_keeps_what_clients_have(box: Box)
         ("POST", "/keys", {"key": "x", "key_id": "ABC123DEFG"}, 400, "is not PEM"),
         ("POST", "/keys", {"key": "-----BEGIN PUBLIC KEY-----", "key_id": "ABC123DEFG"}, 400, "damaged PEM"),
         ("POST", "/apps", {}, 400, "The field bundle_id is missing"),
+        ("POST", "/apps", {"bundle_id": "bad id!"}, 400, "'bad id!' is no bundle id: it is letters, digits"),
+        ("POST", "/apps", {"bundle_id": ""}, 400, "'' is no bundle id"),
+        ("PUT", f"/devices/{ONE}", {"topic": "com.example shop"}, 400, "'com.example shop' is no bundle id"),
+        ("POST", "/rules", {"action": {"kind": "close"}, "app": "späti"}, 400, "'späti' is no bundle id"),
         ("POST", "/rules", b"x" * (MAX_BODY_BYTES + 1), 413, "send less"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from heliograph.admission import Checked, check, choose_environment, leave_out, refuse_held
@@ -39,6 +41,15 @@ def test_a_topic_without_its_push_types_suffix_is_refused() -> None:
 def test_an_expiration_that_has_passed_is_refused_and_zero_is_not() -> None:
     assert refusals(ONE, Headers("", expiration=int(NOW) - 1)) == [("BadExpirationDate", "expiration", None)]
     assert refusals(ONE, Headers("", expiration=0)) == []
+
+
+def test_each_of_those_whose_expiration_has_passed_is_refused() -> None:
+    over, fresh = Headers("", expiration=int(NOW) - 1), Headers("", expiration=int(NOW) + 9)
+    checked = check(ONE, Environment.PRODUCTION, NOW, [over, fresh, over], [TOKEN] * 3, [ALERT])
+    assert [(refused.reason, refused.index) for refused in checked.refused] == [
+        ("BadExpirationDate", 0),
+        ("BadExpirationDate", 2),
+    ]
 
 
 def test_alerts_collapse_on_their_own_id_unless_told_otherwise() -> None:
@@ -130,3 +141,20 @@ def test_a_topic_that_no_certificate_of_the_app_serves_is_refused_at_the_door() 
     checked = check(app, Environment.PRODUCTION, NOW, headers, [TOKEN] * 2, [ALERT])
     assert [(each.reason, each.index) for each in checked.refused] == [("TopicDisallowed", 1)]
     assert "signing key, which serves every push type" in checked.refused[0].detail
+
+
+def test_an_app_whose_credentials_changed_is_checked_against_the_new_ones() -> None:
+    certified = Access(KEY, (Environment.PRODUCTION,), ("com.example.one",))
+    less = App("one", ONE.topics, (certified,))
+    voip = Headers("", PushType.VOIP)
+    assert refusals(ONE, voip) == []
+    assert refusals(less, voip) == [("TopicDisallowed", "push_type", None)]
+    assert refusals(ONE, voip) == []
+
+
+def test_no_credentials_are_kept_of_what_was_checked() -> None:
+    key = SigningKey("ABCDE12345", "TEAM123456", b"secret")
+    app = App("gone", ("com.example.gone",), (Access(key, (Environment.PRODUCTION,)),))
+    before = sys.getrefcount(app), sys.getrefcount(key)
+    assert refusals(app, Headers("")) == []
+    assert (sys.getrefcount(app), sys.getrefcount(key)) == before

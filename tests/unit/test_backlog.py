@@ -164,6 +164,8 @@ def test_everything_leaves_once_and_is_counted(script: list[tuple[str, object, o
         gone[work] = gone.get(work, 0) + 1
     assert {each: count for each, count in gone.items() if count} == put
     assert not backlog.lanes
+    assert not backlog._parts
+    assert not backlog._alone
 
 
 def test_what_is_left_beside_what_is_taken_back_stays_whole_and_in_order() -> None:

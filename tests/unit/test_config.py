@@ -262,6 +262,8 @@ def test_underscores_in_a_variable_find_the_app_of_the_file_that_has_hyphens_and
         ),
         ("APPS__SHOP__CREDENTIALS__1__KEYID=a", "did you mean HELIOGRAPH_APPS__SHOP__CREDENTIALS__1__KEY_ID?"),
         ("APPS__SHOP__TEAMID=a", "did you mean HELIOGRAPH_APPS__SHOP__TEAM_ID?"),
+        ("APPS__SHOP__BUNDLE_ID=a", "did you mean HELIOGRAPH_APPS__SHOP__TOPIC?"),
+        ("APPS__TOPIC=a", "HELIOGRAPH_APPS__TOPIC is a table: spell its settings"),
         ("APPS__SHOP__FOO=a", "known are HELIOGRAPH_APPS__SHOP__KEY, "),
         ("APP__SHOP__KEY=a", "did you mean HELIOGRAPH_APPS__SHOP__KEY?"),
         ("APPS__SHOP__PORT=443", "HELIOGRAPH_APPS__SHOP has no credentials: add key"),
@@ -329,12 +331,44 @@ def test_each_setting_tells_where_it_is_from(file: Path) -> None:
         ("apps = 3", ["apps must hold tables, [apps.NAME]"]),
         ("[apps.'a b']", ["apps.a b is no name for an app", "letters"]),
         ("data =\n", ["is not TOML", "line 1"]),
+        (SHOP + "environment = 'sandbox'", ["Apple's sandbox is called development here"]),
+        (SHOP + "bundle_id = 'x'", ["apps.shop.bundle_id is not a setting: did you mean topic?"]),
+        (SHOP + "key_file = 'x'", ["apps.shop.key_file is not a setting: did you mean key?"]),
+        ("[apps]\ntopic = 'x'", ["apps.topic is a setting of a single one: write [apps.NAME] above it"]),
+        ("[apps]\nshop = 'x'", ["apps.shop must be a table, [apps.shop]"]),
+        ("topic = 'x'", ["topic is not a setting here: it belongs below an [apps.NAME]"]),
+        ("key = 'x'", ["key is not a setting here: it belongs below an [apps.NAME] or [api]"]),
+        ("team_id = 'x'", ["team_id is not a setting here: it belongs below an [apps.NAME]"]),
+        ("bundle_id = 'x'", ["not a setting here: did you mean topic? It belongs below an [apps.NAME]"]),
+        (SHOP + "receipts_days = 3", ["receipts_days is not a setting here: it belongs below [store]"]),
+        (
+            "[apps.shop]\nkey = 'shop.p12'",
+            ["apps.shop has a key whose name is that of a certificate", "write certificate"],
+        ),
     ],
 )
 def test_what_does_not_fit_is_told_with_its_place(file: Path, text: str, words: list[str]) -> None:
     said = complaint(file, text)
     assert all(word in said for word in words), said
     assert str(file) in said
+
+
+@pytest.mark.parametrize("line", ["topic = com.example.shop", "team_id = 1A2B3C4D5E", "topic = “shop”", "key=a.p8 # b"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_text_without_quotes_is_told_from_other_mistakes(file: Path, line: str, end: str) -> None:
+    said = complaint(file, f"[apps.shop]{end}{line}{end}")
+    assert 'texts stand in double quotes, as in topic = "com.example.shop"' in said
+    assert "line 2" in said
+    assert line.partition("=")[2] not in said
+
+
+@pytest.mark.parametrize(
+    "line", ["data =", "data = 'x", 'data = "x', "data = [a]", "port = 80 80", "topic", "[apps.shop"]
+)
+def test_other_mistakes_in_toml_are_not_taken_for_missing_quotes(file: Path, line: str) -> None:
+    said = complaint(file, line)
+    assert "is not TOML" in said
+    assert "double quotes" not in said
 
 
 HOSTS = [
@@ -408,6 +442,10 @@ def test_a_file_that_is_not_there_or_not_text_is_told(file: Path) -> None:
     file.write_bytes(b"\xff")
     with pytest.raises(ConfigError, match="not UTF-8"):
         load(file, {})
+
+
+def test_a_file_that_nests_without_end_is_told(file: Path) -> None:
+    assert "too deep in one another" in complaint(file, "x = " + "[" * 100_000)
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,14 @@ def test_registered_device_tells_its_topic_and_environment(apple: Apple) -> None
     assert apple.devices() == [Device(DeviceToken(ONE), TOPIC, Environment.PRODUCTION)]
 
 
+def test_environment_may_be_a_word_and_one_that_there_is_not_is_refused(apple: Apple) -> None:
+    with pytest.raises(ValueError, match="'prod' is not a valid Environment"):
+        apple.register(ONE, environment="prod")  # type: ignore[arg-type]
+    assert apple.devices() == []
+    apple.register(ONE, environment="production")  # type: ignore[arg-type]
+    assert apple.devices() == [Device(DeviceToken(ONE), None, Environment.PRODUCTION)]
+
+
 def test_uninstalled_device_tells_since_when_and_comes_back_by_being_registered(apple: Apple) -> None:
     apple.unregister(ONE, 1_699_999_999_123)
     (device,) = apple.devices()

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import pytest
 
+from heliograph.model import DeviceToken
 from heliograph.protocols.http2 import ErrorCode
 from heliograph.simulator.faults import (
     Action,
@@ -153,6 +156,30 @@ def test_rule_that_could_never_match_is_refused() -> None:
         Faults().withholds(ONE, times=0)
     with pytest.raises(ValueError, match="above 0"):
         Faults().misbehaves(Close(), share=0.0)
+
+
+@pytest.mark.parametrize(
+    "action, fields, wrong",
+    [
+        ("close", {}, "action"),
+        (Close, {}, "action"),
+        (Delay(1.0, then="cut"), {}, "action.then"),  # type: ignore[arg-type]
+        (Handshake("expierd"), {}, "action.how"),  # type: ignore[arg-type]
+        (Close(), {"connection": "2"}, "connection"),
+        (Close(), {"start": "tomorrow"}, "start"),
+    ],
+)
+def test_rule_of_wrong_types_is_refused_where_it_is_made(action: Any, fields: dict[str, Any], wrong: str) -> None:
+    faults = Faults()
+    with pytest.raises(ValueError, match=rf"no rule: .* - at `\$\.{wrong}`"):
+        faults.misbehaves(action, **fields)
+    assert faults.rules() == {}
+
+
+def test_rule_may_name_the_device_token_of_what_was_received() -> None:
+    faults = Faults()
+    faults.delays(1.0, token=DeviceToken(ONE))
+    assert found(faults) == Delay(1.0)
 
 
 # -- for connections as they open --------------------------------------------------------------------------------

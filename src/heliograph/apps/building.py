@@ -35,7 +35,7 @@ from heliograph.net.proxy import parse_proxy
 from heliograph.net.tls import client_context
 from heliograph.protocols import certificate
 from heliograph.protocols.apns import topic_for
-from heliograph.protocols.certificate.files import unpack
+from heliograph.protocols.certificate.files import Sort, items, unpack
 from heliograph.protocols.provider_token import key_id_from_filename, parse_signing_key
 
 APPLE = {
@@ -185,6 +185,8 @@ def _read_credentials(where: str, given: CredentialSettings) -> CredentialConten
     main = "key" if given.key is not None else "certificate"
     path = secret_path(references[main], f"{where}.{main}")
     key_id = given.key_id
+    if given.key is not None:
+        _refuse_certificate(f"{where}.key: {path}", contents["key"])
     if given.key is not None and key_id is None:
         key_id = key_id_from_filename(path.name)
         if key_id is None:
@@ -195,6 +197,24 @@ def _read_credentials(where: str, given: CredentialSettings) -> CredentialConten
     return CredentialContent(
         **contents, key_id=key_id, team_id=given.team_id, environment=given.environment, file=str(path)
     )
+
+
+def _refuse_certificate(place: str, content: bytes) -> None:
+    """Raises ConfigError where it stands for a signing key."""
+    try:
+        sorts = {item.sort for item in items(content)}
+    except ConfigError:  # which whoever opens it tells better
+        return
+    if Sort.P12 in sorts or (Sort.CERTIFICATE in sorts and sorts & {Sort.KEY, Sort.LOCKED_KEY}):
+        raise ConfigError(
+            f"{place} is a certificate with its private key: name it in certificate instead, and leave out key_id and "
+            "team_id, which go with a .p8"
+        )
+    if Sort.CERTIFICATE in sorts:
+        raise ConfigError(
+            f"{place} is a certificate, and has no private key: in Keychain Access select the certificate and its key, "
+            "export both as .p12, and name that in certificate, without key_id and team_id"
+        )
 
 
 def files_of(settings: AppSettings) -> Iterator[Path]:
@@ -314,6 +334,15 @@ def bundle_ids(topics: Iterable[str]) -> tuple[str, ...]:
         own = any(topic + each in listed for each in _SUFFIXES)
         found[topic if own else topic.removesuffix(suffix)] = None
     return tuple(found)
+
+
+def suffixed(topics: Iterable[str], certified: Iterable[str]) -> list[str]:
+    """Bundle ids that end as the topic of a push type does, and are rather such a topic.
+
+    They may end so: a certificate says it, in its topics `certified`.
+    """
+    sure = bundle_ids(certified)
+    return [topic for topic in topics if topic.endswith(_SUFFIXES) and topic not in sure]
 
 
 def _open_at(

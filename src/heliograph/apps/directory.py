@@ -31,6 +31,7 @@ from heliograph.apps.building import (
     kind_and_name,
     read_content,
     show_entry,
+    suffixed,
     with_credentials,
     without_credentials,
 )
@@ -337,6 +338,10 @@ class Directory:
             self._apps[name] = entry.app
             if self._instead is not None:
                 self._instead.learn(entry.app)
+            certified = (topic for access in entry.app.access for topic in access.topics or ())
+            for topic in suffixed(entry.app.topics, certified):
+                hint = "it looks like a topic with the suffix of a push type: write the bundle id, the suffix is added"
+                _log.warning("topic_with_suffix", app=name, topic=topic, hint=hint)
             if not quiet:
                 _log.info("app_added" if former is None else "app_changed", app=name)
         self._contexts.keep(route.endpoint.tls for entry in self._entries.values() for route in entry.routes.values())

@@ -128,6 +128,10 @@ def from_options(options: dict[str, Any]) -> dict[str, Any]:
         given["key_id"] = key_id_from_filename(given["key"].name)
         if given["key_id"] is None:
             raise click.UsageError(f"The name of {given['key'].name} does not tell the key id: add --key-id.")
+    if "key" in given and not {"team_id", "certificate"} & given.keys():
+        raise click.UsageError(
+            "A key is used together with its team id, as the developer account shows it: add --team-id."
+        )
 
     def content(option: str, file: Path) -> str:
         if option == "ca":

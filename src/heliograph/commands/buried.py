@@ -5,12 +5,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 from urllib.parse import urlencode
 
 import click
 
 from heliograph.commands.calling import Server, with_server
+from heliograph.commands.listing import show_pages
 from heliograph.commands.telling import DONE, FAILED, progress, tell
 
 _PATH = "/v1/buried"
@@ -29,27 +29,20 @@ def buried() -> None:
 
 @buried.command("list")
 @click.option("--app", help="Of one app only.")
-@click.option("--before", metavar="ID", help="Those before this one: the last id of an earlier list.")
-@click.option("--limit", type=click.IntRange(1, _MAX_PAGE), default=50, show_default=True, help="So many at most.")
+@click.option("--cursor", metavar="ID", help="Go on there: an earlier list said where, when there was more.")
+@click.option("--limit", type=click.IntRange(min=0), default=50, show_default=True, help="So many at most; 0: all.")
 @with_server
-def show_list(server: Server, app: str | None, before: str | None, limit: int) -> None:
+def show_list(server: Server, app: str | None, cursor: str | None, limit: int) -> None:
     """List what was given up on, newest first.
 
     \b
-    Example:
+    Examples:
       heliograph buried list --app shop --limit 10
+      heliograph buried list --limit 0 --json
+
+    With --json there is a line for each.
     """
-
-    def say(found: dict[str, Any]) -> None:
-        for receipt in found["buried"]:
-            reason = f"  {receipt['reason']}" if receipt.get("reason") else ""
-            click.echo(f"{receipt['id']}  {receipt['app']}  {receipt['created_at']}{reason}")
-        if not found["buried"]:
-            click.echo("Nothing was given up on.")
-        if found["next"]:
-            click.echo(f"There are more: --before {found['next']}")
-
-    server.show("GET", _page(app, before, limit), say)
+    show_pages(server, _PATH, "buried", "before", limit, {"app": app, "before": cursor})
 
 
 @buried.command()
@@ -97,13 +90,10 @@ def _find_all(server: Server, app: str | None) -> list[str]:
     ids: list[str] = []
     before = None
     while True:
-        found = server.ask("GET", _page(app, before, _MAX_PAGE))
+        query = {"app": app, "before": before, "limit": _MAX_PAGE}
+        wanted = urlencode({name: value for name, value in query.items() if value is not None})
+        found = server.ask("GET", f"{_PATH}?{wanted}")
         ids += [receipt["id"] for receipt in found["buried"]]
         before = found["next"]
         if before is None:
             return ids[::-1]
-
-
-def _page(app: str | None, before: str | None, limit: int) -> str:
-    query = {"app": app, "before": before, "limit": limit}
-    return f"{_PATH}?{urlencode({name: value for name, value in query.items() if value is not None})}"

@@ -25,6 +25,17 @@ NOTIFICATIONS = "/v1/notifications"
 _PATIENCE_S = 60.0
 
 
+class Body(dict[str, Any]):
+    """What the server answered. Whoever lacks in it what heliograph always says is told that it is another server."""
+
+    def __init__(self, content: dict[str, Any], url: str) -> None:
+        super().__init__(content)
+        self._url = url
+
+    def __missing__(self, name: str) -> Any:
+        raise stranger(self._url)
+
+
 class Reply(NamedTuple):
     """The server's answer."""
 
@@ -91,7 +102,7 @@ class Server:
         """What the server answers. Raises UnreachableError, RefusedError, ConfigError."""
         reply = self.client.ask(method, path, content)
         if reply.status >= 400:
-            raise RefusedError(reply.status, reply.body)
+            raise RefusedError(reply.status, reply.body, to_get=method == "GET")
         return reply.body
 
     def show(self, method: str, path: str, say: Callable[[dict[str, Any]], None]) -> None:
@@ -142,8 +153,8 @@ class Client:
             self.close()
             raise
         if answer is None:
-            raise UnreachableError(f"What answers at {self.url} is not heliograph: name another --url", in_doubt=True)
-        return answer
+            raise stranger(self.url)
+        return answer._replace(body=Body(answer.body, self.url))
 
     def close(self) -> None:
         if self._kept is not None:
@@ -192,6 +203,12 @@ class Client:
         return f"There is no answer from {self.url} ({why}): {todo}"
 
 
+def stranger(url: str) -> UnreachableError:
+    """What answers there is another server."""
+    text = f"What answers at {url} is not heliograph's API: name another --url or $HELIOGRAPH_URL"
+    return UnreachableError(text, in_doubt=True)
+
+
 def _reply(status: int, retry_after: str | None, content: bytes) -> Reply | None:
     """None: it is not heliograph's."""
     import json
@@ -200,8 +217,13 @@ def _reply(status: int, retry_after: str | None, content: bytes) -> Reply | None
         value = json.loads(content)
     except ValueError:
         return None
+    # What is no success is a problem that our documents explain, or what /healthz says.
+    if not isinstance(value, dict) or (
+        status >= 400 and "lanes" not in value and not str(value.get("type")).startswith("/docs/errors#")
+    ):
+        return None
     seconds = float(retry_after) if retry_after is not None and retry_after.isdecimal() else None
-    return Reply(status, value, seconds) if isinstance(value, dict) else None
+    return Reply(status, value, seconds)
 
 
 def call(url: str, key: str, method: str, path: str, content: dict[str, Any] | bytes) -> Reply:

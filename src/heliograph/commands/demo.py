@@ -180,17 +180,17 @@ class _Demo:
 
 
 def _say_where(running: Running, apple: Simulator, folder: Path) -> None:
-    _say(click.style("heliograph demo", bold=True))
-    _say(f"  API        {running.url}")
-    _say(f"  Apple      a simulator on 127.0.0.1:{apple.port}")
-    _say(f"  app        demo, topic {TOPIC}, signing key {apple.signing_key.key_id}")
-    _say(f"  data       {folder}")
-    _say("")
+    click.echo(click.style("heliograph demo", bold=True))
+    click.echo(f"  API        {running.url}")
+    click.echo(f"  Apple      a simulator on 127.0.0.1:{apple.port}")
+    click.echo(f"  app        demo, topic {TOPIC}, signing key {apple.signing_key.key_id}")
+    click.echo(f"  data       {folder}")
+    click.echo("")
 
 
 def _say_next_steps(running: Running, first_id: str, journal: Path) -> None:
     this = program()
-    say = _say
+    say = click.echo
     say(click.style("Now you", bold=True))
     say("")
     say("Send one:")
@@ -246,6 +246,3 @@ def _wrapped(text: str) -> list[str]:
 
 
 def _nothing(_: str) -> None: ...
-
-
-_say: Callable[[str], None] = click.echo

@@ -10,7 +10,7 @@ import shutil
 import socket
 import stat
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple, cast
 import apsw
 
 from heliograph import credentials, vault
-from heliograph.apps.building import Contexts, Entry, build, kind_and_name, read_content
+from heliograph.apps.building import Contexts, Entry, build, kind_and_name, read_content, suffixed
 from heliograph.apps.directory import master_key_path, sealed_name
 from heliograph.commands.calling import call, find_key, own_url
 from heliograph.commands.telling import RefusedError, UnreachableError
@@ -84,17 +84,35 @@ def of_apps(config: Config) -> Iterator[tuple[Entry | None, list[Finding]]]:
         except ConfigError as error:
             yield None, [problem(about, str(error))]
             continue
-        yield entry, [_of_access(about, access, now) for access in entry.app.access]
+        certified = (topic for access in entry.app.access for topic in access.topics or ())
+        yield (
+            entry,
+            [
+                *(_of_access(about, access, now) for access in entry.app.access),
+                *_of_topics(about, entry.app.topics, certified),
+            ],
+        )
     added = []
     try:
         if key := _ask(config, "/v1/keys/self"):
             yield None, [ok("API key", f"{key['name']}, may {', '.join(key['scopes'])} for {_for(key['apps'])}")]
-        added = [each for each in _ask(config, "/v1/apps").get("apps", ()) if each["source"] == "api"]
+        running = _ask(config, "/v1/apps").get("apps", ())
+        added = [each for each in running if each["source"] == "api" or each["name"] not in config.apps]
     except HeliographError as error:
         yield None, [warning("apps", f"what the running server has besides cannot be seen: {error}")]
     for shown in added:
-        yield None, [_of_shown(f"app {shown['name']}", each) for each in shown["credentials"]]
-    if not config.apps and not added and not _stored(config):
+        about = f"app {shown['name']}"
+        certified = (topic for each in shown["credentials"] for topic in each["topics"] or ())
+        yield (
+            None,
+            [
+                *(_of_shown(about, each, shown["source"]) for each in shown["credentials"]),
+                *_of_topics(about, shown["topics"], certified),
+            ],
+        )
+    unwell = list(_of_health(config))
+    yield None, unwell
+    if not unwell and not config.apps and not added and not _stored(config):
         yield None, [warning("apps", "there are none, so every notification is refused: add an [apps.NAME]")]
 
 
@@ -273,9 +291,37 @@ def _ask(config: Config, path: str) -> dict[str, Any]:
     if config.api.port == 0 or _holder(Path(config.data) / DATABASE) is None:
         return {}
     reply = call(own_url(config), find_key(None, config), "GET", path, b"")
-    if reply.status != 200:
+    if reply.status != 200 and "lanes" not in reply.body:  # which /healthz says with 503 too
         raise RefusedError(reply.status, reply.body)
     return reply.body
+
+
+def _of_health(config: Config) -> Iterator[Finding]:
+    """What a running server says is not well."""
+    try:
+        told = _ask(config, "/healthz")
+    except HeliographError as error:
+        yield warning("server", f"how the running server is cannot be seen: {error}")
+        return
+    if told.get("problems", 0) == 0:
+        return
+    failing = told["status"] == "failing"
+    for each in told.get("reasons", ()):
+        about = f"app {each['app']}, {each['environment']}" if "app" in each else each["about"]
+        # Nothing goes out for an app that the server complains of, whatever others do.
+        text = f"{each['problem'].removesuffix('.')}: {each['advice']}"
+        yield (problem if failing or "app" in each else warning)(about, text)
+    if not told.get("reasons"):
+        text = f"it is {told['status']}, and tells those with an API key for it why: name one in $HELIOGRAPH_KEY"
+        yield (problem if failing else warning)("server", text)
+
+
+def _of_topics(about: str, topics: Iterable[str], certified: Iterable[str]) -> Iterator[Finding]:
+    for topic in suffixed(topics, certified):
+        yield warning(
+            about,
+            f"{topic} looks like a topic with the suffix of a push type: write the bundle id, the suffix is added",
+        )
 
 
 def _for(apps: Sequence[str] | None) -> str:
@@ -294,8 +340,9 @@ def _of_access(about: str, access: Access, now: float) -> Finding:
     return _of_days(about, f"{kind} {name}, for {', '.join(access.topics or ())} in {where}", days)
 
 
-def _of_shown(about: str, shown: dict[str, Any]) -> Finding:
-    told = f"{shown['kind']} {shown['name']}, for {' and '.join(shown['environments'])}, added by the API"
+def _of_shown(about: str, shown: dict[str, Any], source: str) -> Finding:
+    origin = "added by the API" if source == "api" else "from the running server's own configuration"
+    told = f"{shown['kind']} {shown['name']}, for {' and '.join(shown['environments'])}, {origin}"
     return ok(about, told) if shown["days_left"] is None else _of_days(about, told, shown["days_left"])
 
 

@@ -57,18 +57,26 @@ def show_list(server: Server, limit: int, **filters: Any) -> None:
 
     With --json there is a line for each.
     """
+    show_pages(server, NOTIFICATIONS, "notifications", "cursor", limit, filters)
+
+
+def show_pages(server: Server, path: str, member: str, place: str, limit: int, filters: dict[str, Any]) -> None:
+    """Show so many receipts (0: all) of a listing, which has them as `member` and goes on from the parameter `place`.
+
+    Raises what `Server.ask` does.
+    """
     wanted = {name: value for name, value in filters.items() if value}
     count, more = 0, True
     while more and (not limit or count < limit):
         size = min(limit - count, _MAX_PAGE) if limit else _MAX_PAGE
-        page = server.ask("GET", f"{NOTIFICATIONS}?{urlencode({**wanted, 'limit': size}, doseq=True)}")
-        for receipt in page["notifications"]:
+        page = server.ask("GET", f"{path}?{urlencode({**wanted, 'limit': size}, doseq=True)}")
+        for receipt in page[member]:
             tell(receipt) if server.as_json else _say(receipt)
-        count += len(page["notifications"])
-        wanted["cursor"] = page["next"]
+        count += len(page[member])
+        wanted[place] = page["next"]
         more = page["next"] is not None
     if more:
-        click.echo(f"There are more: --cursor {wanted['cursor']}", err=True)
+        click.echo(f"There are more: --cursor {wanted[place]}", err=True)
     elif not count:
         click.echo("There are none.", err=True)
 

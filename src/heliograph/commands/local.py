@@ -91,7 +91,7 @@ def program() -> str:
 
     if shutil.which("heliograph"):
         return "heliograph"
-    here = Path(sys.argv[0]).absolute()
+    here = Path(os.path.abspath(sys.argv[0]))  # noqa: PTH100 - takes .. out as well
     if here.name == "__main__.py":
         return f"{sys.executable} -m heliograph"
     if here.parent.parent.name == ".venv" and (here.parents[2] / "run").exists():

@@ -15,7 +15,7 @@ import click
 
 from heliograph.commands.calling import NOTIFICATIONS, Server, with_server
 from heliograph.commands.status import complete_push_type, exit_code_of, say_state
-from heliograph.commands.telling import RefusedError, tell
+from heliograph.commands.telling import FAILED, RefusedError, tell
 from heliograph.errors import ConfigError
 
 _MAX_PAYLOAD_BYTES = 1024 * 1024
@@ -102,18 +102,20 @@ def _send_one(server: Server, body: bytes) -> int:
     try:
         answer = server.ask("POST", NOTIFICATIONS, body)
     except RefusedError as error:
+        if error.exit_code != FAILED:  # nothing is wrong with the notification
+            raise
         if server.as_json:
             tell({"error": error.problem})
         for code, detail in _wrongs(error.problem):
             click.echo(f"{click.style('refused', fg='red')}  {code}: {detail}", err=True)
         return error.exit_code
-    state = answer.get("state", "queued")
+    notification_id, state = answer["id"], answer.get("state", "queued")
     if server.as_json:
         tell(answer)
     else:
         reason = f"  {answer['reason']}" if answer.get("reason") else ""
         meaning = answer.get("meaning", "It is waiting to be sent.")
-        click.echo(f"{say_state(state)}{reason}  {answer['id']}  {meaning}")
+        click.echo(f"{say_state(state)}{reason}  {notification_id}  {meaning}")
     return exit_code_of(state)
 
 

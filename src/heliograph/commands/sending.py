@@ -101,7 +101,8 @@ class _Run:
         for each in errors:
             one = some[each["index"]]
             one.state, one.reason, one.meaning = _REFUSED, each["code"], each["detail"]
-        for one, made in zip(some, reply.body.get("ids") or [None] * len(some), strict=True):
+        ids = reply.body["ids"] if reply.status < 400 else [None] * len(some)
+        for one, made in zip(some, ids, strict=True):
             if made is not None:
                 one.id, one.state = made, "queued"
             if made is None or not self._follow:

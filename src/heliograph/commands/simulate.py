@@ -4,8 +4,12 @@
 
 from __future__ import annotations
 
+import os
+import select
+import sys
+import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +18,7 @@ import click
 
 from heliograph.commands.demo import ALIVE, TOPIC
 from heliograph.commands.local import free_port, run_loop
-from heliograph.commands.telling import tell
+from heliograph.commands.telling import colours, tell
 
 if TYPE_CHECKING:
     import asyncio
@@ -24,6 +28,8 @@ if TYPE_CHECKING:
 
 _UNPRINTED = 10_000
 """Notifications that wait for a slow terminal or reader, at most."""
+_LAST_WORDS_S = 0.2
+"""How long a reader that takes nothing may hold up the end."""
 
 _COLOURS = {"alert": "green", "background": "blue", "voip": "magenta", "liveactivity": "cyan"}
 
@@ -142,22 +148,21 @@ class _Printer:
         self._waiting: deque[tuple[int, Shown]] = deque(maxlen=_UNPRINTED)
         self._printed = 0
         """The number of the last one."""
+        self._ending = threading.Event()
 
     async def run(self, simulator: Running, stop: asyncio.Event) -> None:
         """Until `stop` is set and all is printed."""
         import asyncio
 
         news = asyncio.Event()
-        number = 0
 
-        def on_shown(shown: Shown) -> None:
-            nonlocal number
-            number += 1
+        def on_shown(number: int, shown: Shown) -> None:
             self._waiting.append((number, shown))
             news.set()
 
-        unfollow = simulator.apple.follow(on_shown)
+        unfollow = simulator.control.follow(on_shown)
         stopping = asyncio.create_task(stop.wait())
+        stopping.add_done_callback(lambda _: self._ending.set())
         stopping.add_done_callback(lambda _: news.set())
         try:
             while self._waiting or not stop.is_set():
@@ -165,8 +170,9 @@ class _Printer:
                 news.clear()
                 lines = [line for number, shown in self._take() for line in self._lines(number, shown)]
                 if lines:
-                    await asyncio.to_thread(click.echo, "\n".join(lines))
+                    await asyncio.to_thread(_write, "\n".join(lines) + "\n", self._ending)
         finally:
+            self._ending.set()
             stopping.cancel()
             unfollow()
 
@@ -190,13 +196,32 @@ class _Printer:
         yield f"{click.style(line.at, dim=True)}  {line.token}  {kind}  {line.text}{note}"
 
 
+def _write(text: str, ending: threading.Event) -> None:
+    """To stdout, as fast as its reader takes it; once it is `ending`, only as long as that takes anything.
+
+    Whoever waits in a write itself cannot be told to end, and Python waits for its threads.
+    """
+    if sys.stdout is None:  # closed by who started us
+        return
+    plain = colours() is False or not sys.stdout.isatty()
+    octets = (click.unstyle(text) if plain else text).encode(sys.stdout.encoding, "backslashreplace")
+    file = sys.stdout.fileno()
+    while octets:
+        # Whoever can be written to takes so many octets at once (POSIX, of pipes).
+        if select.select((), (file,), (), _LAST_WORDS_S)[1]:
+            octets = octets[os.write(file, octets[: select.PIPE_BUF]) :]
+        elif ending.is_set():
+            return
+
+
 def _say_how_to_connect(simulator: Running, *, watch: bool) -> None:
     apple, control = simulator.apple, simulator.control.url
     key = apple.signing_key
     here = "localhost" if apple.host in ("127.0.0.1", "::1", "0.0.0.0", "::") else apple.host  # noqa: S104
+    url = apple.url if here == apple.host else f"https://{here}:{apple.port}"
     devices = ", registered devices only" if apple.strict else ""
-    say = _say
-    say(f"Apple's simulator listens on https://{apple.host}:{apple.port} ({apple.environment}{devices})")
+    say = click.echo
+    say(f"Apple's simulator listens on {apple.url} ({apple.environment}{devices})")
     say(f"  trust        {simulator.ca_file}")
     say(f"  signing key  {simulator.key_file}  (key id {key.key_id}, team id {key.team_id})")
     say(f"  control      {control}  (devices, what they show, faults)")
@@ -212,7 +237,7 @@ def _say_how_to_connect(simulator: Running, *, watch: bool) -> None:
     say(f'  -H "authorization: bearer $(curl -sS {control}/provider-token)" \\')
     say(f"  -H 'apns-topic: {TOPIC}' -H 'apns-push-type: alert' \\")
     say('  -d \'{"aps": {"alert": "Hello"}}\' \\')
-    say(f"  https://{here}:{apple.port}/3/device/{ALIVE}")
+    say(f"  {url}/3/device/{ALIVE}")
     say("")
     say("See what it shows:")
     say("")
@@ -232,6 +257,3 @@ def _say_how_to_connect(simulator: Running, *, watch: bool) -> None:
     say("")
     say("Ctrl-C ends it." if not watch else "Ctrl-C ends it. What devices show comes here:")
     say("")
-
-
-_say: Callable[[str], None] = click.echo

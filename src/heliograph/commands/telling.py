@@ -22,6 +22,10 @@ DONE, FAILED, WRONG, NOT_NOW, WAITING, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
 _WRONG_CALL = ("NotFound", "BadParameter", "UnknownParameter")
 """Codes of the server that are not about what was sent, but about how it was asked."""
+_OTHER_KEY = (
+    "name the file of another with --key-file, or set $HELIOGRAPH_KEY to one. The server keeps its own in the file "
+    "api-key of its data folder, unless told otherwise; `heliograph keys add` makes others"
+)
 _LINE_S = 2.0
 """Between two lines on how far it has come, where there is no terminal for a bar."""
 
@@ -37,18 +41,24 @@ class UnreachableError(HeliographError):
 
 
 class RefusedError(HeliographError):
-    """The server said no; `problem` is its answer."""
+    """The server said no; `problem` is its answer, with advice for the command line. `to_get`: to a GET."""
 
-    def __init__(self, status: int, problem: dict[str, Any]) -> None:
-        super().__init__(str(problem.get("detail") or f"The server answered {status}").removesuffix("."))
+    def __init__(self, status: int, problem: dict[str, Any], *, to_get: bool = False) -> None:
+        detail = str(problem.get("detail") or f"The server answered {status}")
+        if status == 401 and problem.get("code") == "Unauthorized":  # whose advice is for those who speak HTTP
+            detail = f"{detail.partition(':')[0]}: {_OTHER_KEY}."
+        super().__init__(detail.removesuffix("."))
         self.status = status
-        self.problem = {"status": status, **problem}
+        self.to_get = to_get
+        self.problem = {"status": status, **problem, "detail": detail}
 
     @property
     def exit_code(self) -> int:
         if self.status == 429 or self.status >= 500:
             return NOT_NOW
         if self.status in (401, 403, 405) or self.problem.get("code") in _WRONG_CALL:
+            return WRONG
+        if self.status == 400 and self.to_get:  # which sends nothing, so it can only be how it was asked
             return WRONG
         return FAILED
 

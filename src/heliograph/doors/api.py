@@ -58,7 +58,7 @@ class Call(NamedTuple):
         def hold(octets: int) -> None:
             nonlocal held
             if budget.held_bytes - held + octets > MAX_HELD_BYTES:
-                raise _busy("The requests in hand are as long as memory allows")
+                raise busy("The requests in hand are as long as memory allows")
             budget.held_bytes += octets - held
             held = octets
 
@@ -141,7 +141,7 @@ class Api:
             raise Problem(403, "MissingScope", text, headers=_challenge("insufficient_scope"))
         budget = self._budget
         if budget.requests >= MAX_REQUESTS:
-            raise _busy(f"{MAX_REQUESTS} requests are in hand already")
+            raise busy(f"{MAX_REQUESTS} requests are in hand already")
         budget.requests += 1
         try:
             return await route.answer(Call(exchange, caller, budget))
@@ -188,5 +188,6 @@ def _challenge(error: str | None = None) -> tuple[tuple[bytes, bytes]]:
     return ((b"www-authenticate", b"Bearer" if error is None else f'Bearer error="{error}"'.encode()),)
 
 
-def _busy(why: str) -> Problem:
+def busy(why: str) -> Problem:
+    """Too many came at once. `why` is the beginning of a sentence."""
     return Problem(503, "Busy", f"{why}: nothing was taken, try again soon.", headers=retry_after(_BUSY_S))

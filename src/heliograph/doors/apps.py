@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 import msgspec
 from msgspec import Struct
 
-from heliograph.complaints import closest, dissect, shown
+from heliograph.complaints import closest, dissect, sandbox_hint, shown
 from heliograph.config import (
     AppContent,
     AppSettings,
@@ -157,10 +157,10 @@ class AppsPart:
 
     async def _get(self, call: Call) -> Answer:
         name = _name(call)
-        shown = self._apps.show(name)
-        if shown is None:
+        app = self._apps.show(name)
+        if app is None:
             raise self._unknown(call, name)
-        return Answer(200, _encode(shown))
+        return Answer(200, _encode(app))
 
     async def _put(self, call: Call) -> Answer:
         name = _name(call)
@@ -235,7 +235,7 @@ class AppsPart:
 
     def _unknown(self, call: Call, name: str) -> Problem:
         known = ", ".join(self._names(call)) or "none"
-        return Problem(404, "UnknownApp", f"There is no app {name!r}. Known apps: {known}.")
+        return Problem(404, "UnknownApp", f"There is no app {shown(name)!r}. Known apps: {known}.")
 
 
 def _name(call: Call) -> str:
@@ -265,7 +265,8 @@ def _invalid(error: msgspec.ValidationError, kind: type[NewCredentials]) -> Prob
         return Problem(400, "UnknownField", f"There is no field {shown(dislike.unknown)!r} here. {hint}")
     field = dislike.place or "The body"
     if dislike.words.startswith("Invalid enum value"):
-        return Problem(400, "BadEnvironment", f"{field} must be one of {', '.join(Environments)}.")
+        text = f"{field} must be one of {', '.join(Environments)}.{sandbox_hint(dislike)}"
+        return Problem(400, "BadEnvironment", text)
     plain = dislike.words.replace("`", "")
     return Problem(400, "BadType", f"{field}: {plain[:1].lower()}{plain[1:]}.")
 

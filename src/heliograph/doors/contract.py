@@ -276,6 +276,7 @@ OPERATIONS = (
             "AmbiguousRequest",
             "BadEnvironment",
             "BadIdempotencyKey",
+            "BadParameter",
             "BadWait",
             "IdempotencyKeyReused",
             "MissingApp",

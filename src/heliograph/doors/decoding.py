@@ -16,7 +16,7 @@ from msgspec import UNSET, Raw, Struct, UnsetType
 from msgspec.structs import asdict
 
 from heliograph import reasons
-from heliograph.complaints import closest, dissect, shown
+from heliograph.complaints import closest, dissect, sandbox_hint, shown
 from heliograph.doors.exchange import ErrorItem, Problem
 from heliograph.errors import Refused
 from heliograph.model import Environment, PushType
@@ -266,6 +266,8 @@ def _json_complaint(body: bytes, error: Exception) -> str:
         body.decode()
     except UnicodeDecodeError as broken:
         return f"The body is not UTF-8 (octet {broken.start}): encode it as such."
+    if _is_form(body):
+        return "The body is a form, and forms are not taken: send a JSON object."
     if _has_lone_surrogate(body):
         return "The body has a lone surrogate (half of a \\u pair), which is no character: send both halves or none."
     return f"The body is not JSON: {error}."
@@ -274,6 +276,10 @@ def _json_complaint(body: bytes, error: Exception) -> str:
 _has_lone_surrogate = re.compile(
     rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F]"
 ).search
+
+
+_is_form = re.compile(rb"[\w.%+\[\]-]+=|--[^\r\n]+\r?\nContent-Disposition:", re.IGNORECASE).match
+"""As curl -d and curl -F send."""
 
 
 def check_count(name: str, count: int, most: int = MAX_NOTIFICATIONS) -> None:
@@ -378,10 +384,14 @@ def _complaint(
         of_push_type = at.endswith("push_type")
         code = reasons.INVALID_PUSH_TYPE.word if of_push_type else "BadEnvironment"
         values: Iterable[str] = PushType if of_push_type else Environment
-        return ErrorItem(code, f"{at} must be one of {', '.join(values)}.", index, at)
+        return ErrorItem(code, f"{at} must be one of {', '.join(values)}.{sandbox_hint(dislike)}", index, at)
     if field and dislike.place:
         at = f"{field}{'' if dislike.place.startswith('[') else '.'}{dislike.place}"
-    plain = _quoted.sub(lambda kinds: " or ".join(_JSON_NAMES.get(k, k) for k in kinds[1].split(" | ")), dislike.words)
+    # That null is the same as nothing helps nobody who meant to send something.
+    plain = _quoted.sub(
+        lambda kinds: " or ".join(_JSON_NAMES.get(k, k) for k in kinds[1].removesuffix(" | null").split(" | ")),
+        dislike.words,
+    )
     whole = "The body" if index is None else "The entry"
     return ErrorItem("BadType", f"{at or whole}: {plain[:1].lower()}{plain[1:]}.", index, at or None)
 

@@ -260,7 +260,8 @@ def _invalid(error: msgspec.ValidationError) -> Refused:
 
 def _unknown() -> Problem:
     # Its word is not repeated: some will say the whole key where its id is wanted.
-    return Problem(404, "UnknownKey", f"There is no API key with this id here: GET {PATH} lists those that there are.")
+    text = f"There is no API key with this id here: GET {PATH} or `heliograph keys list` lists those that there are."
+    return Problem(404, "UnknownKey", text)
 
 
 def _show(key: ApiKey) -> KeyBody:

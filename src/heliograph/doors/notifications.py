@@ -6,17 +6,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
-from urllib.parse import parse_qs
 
 from msgspec.json import encode
 
 from heliograph.complaints import shown
 from heliograph.doors import columns, decoding, queries, taking
 from heliograph.doors.answers import BuriedBody, Cancelled, NotificationsBody, OneTaken, Replayed
-from heliograph.doors.api import RETRY_S, Call, Route, Routes
+from heliograph.doors.api import RETRY_S, Call, Route, Routes, busy
 from heliograph.doors.exchange import Answer, Exchange, Problem
 from heliograph.doors.receipts import PLACES, STATES, meaning, receipt_body
 from heliograph.doors.taking import Taken
@@ -35,6 +35,10 @@ MAX_WAIT_S = 30.0
 MAX_WAITS = 10_000
 """Callers that wait for an outcome, at most; who is above is answered at once with what is known."""
 
+MAX_LOOKS = 32
+"""Listings in hand, at most. Each may take a tenth of a second, one after the other: whoever asks for more than that at
+once must not take up the requests of those who send."""
+
 MAX_IDS = 1000
 """Ids to replay or to cancel in one request, at most."""
 
@@ -48,6 +52,7 @@ class Notifications:
         self._apps = apps
         self._waits: set[asyncio.Timeout] = set()
         self._hurrying = False
+        self._looks = 0
         send, read = frozenset({Scope.SEND}), frozenset({Scope.READ})
         buried, get_all, get = Route(self._buried, read), Route(self._list, read), Route(self._get, send | read)
         self._paths: dict[str, Routes] = {
@@ -126,7 +131,7 @@ class Notifications:
         if named is None:
             known = [app for app in self._apps if call.caller.may_use(app)]
             if len(known) != 1:
-                raise Refused("MissingApp", "Say which app: there is more than one here, or none yet.", field="app")
+                raise Refused("MissingApp", _which(known, call.caller.apps), field="app")
             return known[0]
         if not call.caller.may_use(named):
             raise queries.app_not_allowed(named)
@@ -160,10 +165,22 @@ class Notifications:
             raise _unknown()
         return Answer(200, encode(receipt_body(receipt)))
 
+    @contextlib.contextmanager
+    def _looking(self) -> Iterator[None]:
+        """Raises Problem while too many look."""
+        if self._looks >= MAX_LOOKS:
+            raise busy(f"{MAX_LOOKS} listings are in hand already")
+        self._looks += 1
+        try:
+            yield
+        finally:
+            self._looks -= 1
+
     async def _list(self, call: Call) -> Answer:
         wanted, cursor, limit = queries.listing(call.exchange, call.caller, self._apps)
         try:
-            page = await self._relay.notifications(wanted, cursor, limit)
+            with self._looking():
+                page = await self._relay.notifications(wanted, cursor, limit)
         except ValueError:
             raise _no_place("cursor") from None
         return Answer(200, encode(NotificationsBody(list(map(receipt_body, page.receipts)), page.next)))
@@ -192,7 +209,8 @@ class Notifications:
     async def _buried(self, call: Call) -> Answer:
         apps, before, limit = queries.buried(call.exchange, call.caller, self._apps)
         try:
-            found = await self._relay.buried(apps, before, limit + 1)
+            with self._looking():
+                found = await self._relay.buried(apps, before, limit + 1)
         except ValueError:
             raise _no_place("before") from None
         page = found[:limit]
@@ -219,6 +237,14 @@ def _named(call: Call) -> str:
     return call.exchange.path.rpartition("/")[2]
 
 
+def _which(known: Sequence[str], allowed: Collection[str] | None) -> str:
+    """What to do where no app was named; `known` are those that the caller may use, `allowed` those its key names."""
+    if known:
+        return f"Say which app: there are {', '.join(sorted(known))}."
+    none = "no app yet" if allowed is None else "none yet of the apps that this API key is for"
+    return f"There is {none}: add an [apps.NAME] to the server's configuration, or use `heliograph app add`."
+
+
 def _unknown() -> Problem:
     text = "No notification with this id is known here: it never was, or its receipt was forgotten meanwhile."
     return Problem(404, "UnknownNotification", text)
@@ -240,18 +266,6 @@ def _how_cancelled(receipt: Receipt | None) -> str:
 # -- the request -----------------------------------------------------------------------------------------------------
 
 
-def _query(exchange: Exchange, names: Sequence[str]) -> dict[str, str]:
-    """The query's parameters; of one that comes twice, the last."""
-    if not exchange.query:
-        return {}
-    parameters = parse_qs(exchange.query.decode("ascii", "replace"), keep_blank_values=True)
-    for name in parameters:
-        if name not in names:
-            text = f"The query may hold {', '.join(names)} only: there is {shown(name)!r}."
-            raise Refused("UnknownParameter", text, field=shown(name))
-    return {name: values[-1] for name, values in parameters.items()}
-
-
 def _told_again(call: Call, kept: Once, body: bytes) -> _Answered:
     taken = taking.find_again(kept, body)
     if taken is None:
@@ -265,7 +279,7 @@ def _told_again(call: Call, kept: Once, body: bytes) -> _Answered:
 
 def _wait_s(exchange: Exchange, wait_s: float | None, *, single: bool) -> float:
     """How long to hold the answer back, where the body says `wait_s`; the query wins over it."""
-    asked = _query(exchange, ("wait",)).get("wait")
+    asked = queries.wait(exchange) if exchange.query else None
     if wait_s is None and asked is None:
         return 0.0
     _check_wait(wait_s or 0.0)

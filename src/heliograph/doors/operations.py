@@ -132,9 +132,11 @@ def judge(seen: Seen) -> Health:
             reasons += [_of_ended(lane, each, waiting.get(lane, 0)) for each in ended]
             if any(_is_good(view, seen.now) for view in views.get(lane, ())):
                 good += 1
+            elif ended and len(ended) == sum(environment in each.environments for each in app.access):
+                on_its_own += 1  # Apple ends the connection of such a certificate, which looks like the network
             elif any(not view.own for view in troubled):
                 cut_off += 1
-            elif troubled or (ended and len(ended) == sum(environment in each.environments for each in app.access)):
+            elif troubled:
                 on_its_own += 1
             else:
                 idle += 1
@@ -249,6 +251,7 @@ class Operations:
         """Set this once the server takes nothing more."""
         self._looking: asyncio.Task[Seen] | None = None
         self._looked_at = 0.0
+        self._counting: asyncio.Task[Sequence[Depth] | None] | None = None
 
     async def healthz(self, caller: Caller | None) -> Answer:
         """200 when pushes can go out, 503 when not; why, for callers with an API key: of their own apps."""
@@ -263,15 +266,20 @@ class Operations:
 
     async def metrics(self) -> Answer:
         """All metrics. They are put together in another thread, as there may be thousands."""
-        depths: Sequence[Depth] | None
-        try:
-            async with asyncio.timeout(_STORE_S):
-                depths = await self._store.depths()
-        except (StoreError, TimeoutError):
-            depths = None
+        if self._counting is None or self._counting.done():
+            self._counting = asyncio.create_task(self._count())
+        depths = await asyncio.shield(self._counting)
         standing = Standing(self._carrier.lanes(), depths, self._relay.room, self._relay.unrecorded)
         page = await asyncio.to_thread(self.telemetry.page, standing)
         return Answer(200, page, content_type=CONTENT_TYPE_LATEST.encode())
+
+    async def _count(self) -> Sequence[Depth] | None:
+        """What waits; None where the store does not say. It walks through all of it: who asks meanwhile shares it."""
+        try:
+            async with asyncio.timeout(_STORE_S):
+                return await self._store.depths()
+        except (StoreError, TimeoutError):
+            return None
 
     async def _seen(self) -> Seen:
         """As it is now, or was within the last second: whoever asks shares one look."""

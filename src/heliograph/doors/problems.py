@@ -114,8 +114,8 @@ _OF_API: tuple[tuple[str, tuple[int, ...], str, str], ...] = (
         "Busy",
         (503,),
         (
-            "As many requests are in hand, or as much of their bodies, as memory allows. The body was not read and "
-            "nothing was taken."
+            "As many requests are in hand, or as much of their bodies, as memory allows, or as many listings as are "
+            "looked through at a time. The body was not read and nothing was taken."
         ),
         "Try again after `Retry-After` seconds.",
     ),
@@ -151,7 +151,12 @@ _OF_API: tuple[tuple[str, tuple[int, ...], str, str], ...] = (
         "The path takes other methods. (Apple's word for anything but POST is the same.)",
         "`Allow` lists them.",
     ),
-    ("MissingApp", (400,), "There are several apps that this API key is for, or none.", "Say which in `app`."),
+    (
+        "MissingApp",
+        (400,),
+        "There are several apps that this API key is for, or none.",
+        "Say which in `app`; where there is none yet, add one.",
+    ),
     ("MissingEnvironment", (400,), "The app has both environments.", "Say which in `environment`."),
     (
         "MissingScope",

@@ -6,7 +6,7 @@ import contextlib
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import NamedTuple, TypeVar
 from urllib.parse import parse_qs
 
@@ -34,6 +34,8 @@ _is_status = re.compile(r"Status[1-9][0-9]{2}").fullmatch
 _STATES = {name: state for state, name in STATES.items()}
 _LAST_S = 1e11
 """UNIX seconds above which it is milliseconds that somebody sent; in the year 5138."""
+_FIRST_S = 1e8
+"""UNIX seconds below which it is a year or a date that somebody sent, unless it is 0; in March of 1973."""
 
 _is_number = re.compile(r"[0-9]{1,20}(?:\.[0-9]{1,9})?").fullmatch
 # The blank is a plus sign that was not escaped.
@@ -92,6 +94,11 @@ def buried(exchange: Exchange, caller: Caller, apps: Collection[str]) -> BuriedL
 def replaced(exchange: Exchange) -> str | None:
     """The id in the query of what is to be replaced. Raises Refused."""
     return _Query(exchange, "replace").get("replace")
+
+
+def wait(exchange: Exchange) -> str | None:
+    """For how long the query asks to wait, as it stands there. Raises Refused."""
+    return _Query(exchange, "wait").get("wait")
 
 
 class _Query:
@@ -160,6 +167,8 @@ class _Query:
             seconds = float(value)
             if seconds > _LAST_S:
                 raise _bad(name, f"{name} must be UNIX seconds: {shown(value)} are rather milliseconds.")
+            if 0 < seconds < _FIRST_S:
+                raise _bad(name, _date_in_digits(value, seconds))
             return seconds
         parts = _is_time(value)
         seconds = math.nan
@@ -181,6 +190,13 @@ def _known(name: str, value: str, known: Mapping[str, _T]) -> _T:
         hint = f"Did you mean {close}?" if close else f"It is one of {', '.join(known)}."
         raise _bad(name, f"There is no {name.replace('_', ' ')} {shown(value)!r}. {hint}")
     return found
+
+
+def _date_in_digits(value: str, seconds: float) -> str:
+    """What to write in place of a year, or of something else that is much too little."""
+    example = f"{value}-01-01T00:00:00Z" if re.fullmatch("(?:19|20)[0-9]{2}", value) else "2026-11-21T12:00:00Z"
+    year = datetime.fromtimestamp(seconds, UTC).year
+    return f"{shown(value)} would be UNIX seconds in {year}: write {example}."
 
 
 def _bad(name: str, detail: str) -> Refused:

@@ -97,7 +97,8 @@ _MEANINGS = {
     State.REJECTED: "Apple said no for good.",
     State.EXPIRED: "Its expiration passed before Apple took it: send it anew if it still matters.",
     State.CANCELLED: "It was cancelled before Apple took it: send it anew if it should be sent after all.",
-    State.BURIED: "It was given up on, as Apple did not take it in time. POST /v1/buried/replay has it sent again.",
+    State.BURIED: "It was given up on, as Apple did not take it in time. POST /v1/buried/replay or `heliograph buried "
+    "replay` has it sent again.",
     State.UNKNOWN: "It was sent and the answer never came, so Apple may have taken it or not. It is not sent again, "
     "as was asked for, or as it was cancelled meanwhile: send it anew if twice is better than never.",
 }

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import resource
 import socket
 from collections.abc import AsyncIterator, Iterator
 from typing import Any, cast
 
 import uvicorn
 from starlette.types import ASGIApp
+
+from heliograph.net.http1 import Protocol
+
+_SPARE_FILES = 200
+"""Open files that callers may not take up: those of the store, and connections to Apple."""
 
 
 class Server(uvicorn.Server):
@@ -21,7 +27,7 @@ class Server(uvicorn.Server):
             uvicorn.Config(
                 cast("Any", app),  # starlette and uvicorn type ASGI in different words
                 loop="none",
-                http="httptools",
+                http=Protocol,
                 ws="none",
                 lifespan="off",
                 access_log=False,
@@ -29,6 +35,7 @@ class Server(uvicorn.Server):
                 log_level="warning",
                 server_header=False,
                 proxy_headers=False,
+                limit_concurrency=_most_connections(),
                 timeout_graceful_shutdown=answering_s,
             )
         )
@@ -38,9 +45,22 @@ class Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         yield
 
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second."""
+        if counter % 10 == 0:
+            now = asyncio.get_running_loop().time()
+            for connection in list(self.server_state.connections):
+                cast("Protocol", connection).look(now)
+        return await super().on_tick(counter)
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self.ready.set()
+
+
+def _most_connections() -> int | None:
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return None if files == resource.RLIM_INFINITY else max(files - _SPARE_FILES, files // 2)
 
 
 @contextlib.asynccontextmanager

@@ -20,7 +20,7 @@ import functools
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 import structlog
 from msgspec import Struct
@@ -30,6 +30,7 @@ from heliograph.batches import make_batches, new_batch_id, parse_id
 from heliograph.errors import NotConnected, Refused, StoreError
 from heliograph.model import (
     ACCEPTED,
+    NO_ANSWER,
     Answered,
     App,
     Batch,
@@ -133,6 +134,7 @@ class Relay:
         self._cautious: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
         self._sends = Sends()
+        self._random = _draw()
         self.store_failure: StoreFailure | None = None
         """None once it has worked again."""
 
@@ -164,16 +166,20 @@ class Relay:
         held = await self._store.held_among(app_name, environment, checked.tokens)
         if held:
             checked.refused.extend(admission.refuse_held(checked.tokens, held))
-        refused = tuple(sorted(checked.refused, key=lambda each: each.index or 0))
-        if refused:
+        refused: tuple[Refused, ...] = ()
+        if checked.refused:
+            refused = tuple(sorted(checked.refused, key=lambda each: each.index or 0))
             for each in refused:
                 self._telemetry.refused(app_name, each.reason)
             if not partial:
                 return Admitted((), refused)
             checked = admission.leave_out(checked)
-        new_id = functools.partial(_new_id, now)  # ids are looked for by the time that receipts tell
+        new_id = functools.partial(self._new_id, now)  # ids are looked for by the time that receipts tell
         batches = make_batches(new_id, app_name, environment, now, checked.headers, checked.tokens, checked.payloads)
         return Admitted(tuple(batches), refused)
+
+    def _new_id(self, now: float) -> str:
+        return new_batch_id(now, next(self._random))
 
     def _now(self) -> Moment:
         return Moment(self._clock(), self._started_at + self._monotonic())
@@ -214,7 +220,8 @@ class Relay:
         Durable on return. Raises StoreError.
         """
         if apps is not None:
-            ids = [each.id for each in await self._find(ids, apps) if each is not None]
+            found = await self._find(ids, apps)
+            ids = [each for each, receipt in zip(ids, found, strict=True) if receipt is not None]
         return await self._store.replay(ids)
 
     async def notifications(self, wanted: Filter, before: str | None, limit: int) -> Page:
@@ -255,6 +262,12 @@ class Relay:
             if not waiters:
                 self._waiters.pop(place[0], None)
 
+    def _wake_waiters(self, batch_ids: Iterable[str]) -> None:
+        """Something new is on record of these."""
+        for batch_id in batch_ids:
+            for changed in self._waiters.get(batch_id, ()):
+                changed.set()
+
     def _is_open(self, batch_id: str, index: int) -> bool:
         """It is in our hands and has not ended: there is nothing to be read of it."""
         progress = self._held.get(batch_id)
@@ -265,7 +278,8 @@ class Relay:
     async def cancel(self, ids: Sequence[str], apps: Collection[str] | None = None) -> Sequence[Receipt | None]:
         """Have these not sent any more; what is on record of each then, or None where these apps have no such one.
 
-        What waited is cancelled. What is being sent is cancelled if Apple does not take it this time (`cancelling`).
+        What waited is cancelled, or unknown where nobody knows whether Apple took it when it was last tried. What is
+        being sent is cancelled if Apple does not take it this time (`cancelling`).
         Everything else is left as it was: it was too late. Raises StoreError.
         """
         try:
@@ -302,10 +316,12 @@ class Relay:
             self._awaited.append(recorded)
             await recorded
         cancelled = await self._store.cancel(elsewhere) if elsewhere else ()
+        self._wake_waiters({each[:-4] for each in cancelled})
         for each in cancelled:
-            app, environment = waiting[each].app, waiting[each].environment
-            if environment is not None:
-                self._telemetry.lane(app, environment).ended(State.CANCELLED, 1)
+            before = waiting[each]
+            if before.environment is not None:
+                state = State.UNKNOWN if before.reason == NO_ANSWER else State.CANCELLED
+                self._telemetry.lane(before.app, before.environment).ended(state, 1)
         if not cancelled and not places:
             await asyncio.sleep(_SETTLE_S)
 
@@ -331,7 +347,7 @@ class Relay:
         sends, self._sends = self._sends, Sends()
         for app, environment, group in sends.groups():
             now = self._clock()
-            new_id = functools.partial(_new_id, now)
+            new_id = functools.partial(self._new_id, now)
             made = make_batches(new_id, app, environment, now, group.headers, group.tokens, group.payloads)
             start = 0
             meter = self._telemetry.lane(app, environment)
@@ -494,7 +510,7 @@ class Relay:
         awaited, self._awaited = self._awaited, []
         try:
             # Both at once share a commit. What is ended here was recorded by the round before.
-            await asyncio.gather(self._finish(ended), self._record(outcomes, removals, quarantines))
+            _, recorded = await asyncio.gather(self._finish(ended), self._record(outcomes, removals, quarantines))
         except BaseException:  # cancelled, or the store failed: it stays to be done, and may be done twice
             self._dirty = {**dirty, **self._dirty}
             self._ended += ended
@@ -510,10 +526,9 @@ class Relay:
             each.quarantines -= quarantines
         recorded_at = self._clock()
         for each, counts in ended_now:
-            each.count_ends(counts, recorded_at)
-        for batch_id, _ in dirty:
-            for changed in self._waiters.get(batch_id, ()):
-                changed.set()
+            if each.batch.id in recorded:  # else its lease ran out: who has the next one tells how it ended
+                each.count_ends(counts, recorded_at)
+        self._wake_waiters(batch_id for batch_id, _ in dirty)
         if ends:
             self._ended += ends
             self._news.set()
@@ -540,10 +555,13 @@ class Relay:
 
     async def _record(
         self, outcomes: Sequence[Outcomes], removals: Collection[Removal], quarantines: Collection[Quarantine]
-    ) -> None:
-        if outcomes:
-            await self._store.record(outcomes, tuple(removals), tuple(quarantines))
-            crash.point("recorded")
+    ) -> Collection[str]:
+        """The batches of which the outcomes are on record now."""
+        if not outcomes:
+            return ()
+        recorded = await self._store.record(outcomes, tuple(removals), tuple(quarantines))
+        crash.point("recorded")
+        return recorded
 
     async def drain(self) -> None:
         """After `work` and `settle` were stopped and the carrier closed: record and finish all that is known."""
@@ -556,8 +574,11 @@ class Relay:
                 summary.flush()
 
 
-def _new_id(now: float) -> str:
-    return new_batch_id(now, os.urandom(8))
+def _draw() -> Iterator[bytes]:
+    """Eight random octets at a time. Each call of the system hands the interpreter's lock to the store's thread."""
+    while True:
+        octets = os.urandom(4096)
+        yield from (octets[start : start + 8] for start in range(0, 4096, 8))
 
 
 def _may_be_sent(receipt: Receipt) -> bool:

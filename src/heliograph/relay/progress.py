@@ -14,6 +14,7 @@ from msgspec.structs import replace
 
 from heliograph import crash, policy
 from heliograph.model import (
+    NO_ANSWER,
     Answered,
     Batch,
     Detail,
@@ -218,7 +219,7 @@ class Progress:
             for index in lost:
                 why = "the server ended before the answer came"
                 attempts = self._attempts(index)
-                self.details[index] = Detail(index, reason="NoAnswer", why=why, attempts=attempts)
+                self.details[index] = Detail(index, reason=NO_ANSWER, why=why, attempts=attempts)
             self.set_state(lost, State.UNKNOWN, now)
             indices = [index for index in range(size) if self.states[index] == State.QUEUED]
             # What was made in the future was put off by a clock that was fast, and set right before we started.
@@ -294,7 +295,8 @@ class Progress:
 
     def cancel(self, indices: Sequence[int], now: float) -> list[int]:
         """Have these not sent any more, of those that are queued; which of them the carrier has."""
-        out, waiting = [], []
+        out: list[int] = []
+        waiting: dict[State, list[int]] = {State.CANCELLED: [], State.UNKNOWN: []}
         for index in indices:
             if index >= len(self.states) or self.states[index] != State.QUEUED:
                 continue
@@ -305,9 +307,12 @@ class Progress:
                 continue
             if detail is not None:
                 self.details[index] = replace(detail, attempts=detail.attempts - 1, due_at=None)
-            waiting.append(index)
-        if waiting:
-            self.set_state(waiting, State.CANCELLED, now)
+            # As in `stores.outcomes.call_off`: Apple may have taken it when it was last tried.
+            unknown = detail is not None and detail.reason == NO_ANSWER
+            waiting[State.UNKNOWN if unknown else State.CANCELLED].append(index)
+        for state, those in waiting.items():
+            if those:
+                self.set_state(those, state, now)
         return out
 
     def _decision(self, index: int, outcome: Outcome, attempts: int, moment: Moment) -> policy.Decision:
@@ -410,7 +415,7 @@ def _detail(index: int, outcome: Outcome, decision: policy.Decision, attempts: i
             unique_id=outcome.unique_id,
             attempts=attempts,
         )
-    word = "NotProcessed" if isinstance(outcome, NotProcessed) else "NoAnswer"
+    word = "NotProcessed" if isinstance(outcome, NotProcessed) else NO_ANSWER
     return Detail(index, reason=word, why=outcome.why, attempts=attempts)
 
 

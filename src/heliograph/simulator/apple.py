@@ -49,7 +49,7 @@ from heliograph.protocols.certificate import Particulars
 from heliograph.protocols.http2 import Field
 from heliograph.protocols.provider_token import MAX_AGE_S, Claims, public_key, verify
 from heliograph.reasons import Reason
-from heliograph.simulator.devices import KEEP, Device, Devices, Received, Shown
+from heliograph.simulator.devices import KEEP, Device, Devices, Received, Shown, check_topic, is_topic
 from heliograph.simulator.faults import Answer, Faults
 
 __all__ = ["KEEP", "Apple", "Device", "Received", "Shown", "Verdict", "Visit", "addressed_to"]
@@ -66,7 +66,6 @@ _REMEMBERED = 64
 _MAX_EXPIRATION = 2**32 - 1
 
 _uuid = re.compile(rb"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}").fullmatch
-_topic = re.compile(rb"[A-Za-z0-9._-]{1,255}").fullmatch
 _PUSH_TYPES = {kind.encode(): kind for kind in PushType}
 _PRIORITIES = frozenset((b"1", b"5", b"10"))
 
@@ -177,18 +176,21 @@ class Apple(Faults, Devices):
         topics: Collection[str] | None = None,
         related: str | None = None,
     ) -> None:
-        """Take provider tokens made with this key. Raises ConfigError where it is none.
+        """Take provider tokens made with this key. Raises ConfigError where it is none, Refused where a topic is none.
 
         `environment`: the only one that it is for, as of a team-scoped key. `topics`: the bundle ids that a
         topic-specific key is for. `related`: the id of the key whose provider tokens may use the same connections.
         """
-        scope = None if topics is None else frozenset(topics)
+        scope = None if topics is None else frozenset(map(check_topic, topics))
         self._keys[key.key_id] = _Key(key.team_id, public_key(key), environment, scope, related)
         self._forget_verified()
 
     def add_app(self, bundle_id: str, team_id: str) -> None:
-        """This app is of this team, whose keys may send to its topics; from now on, to those of listed apps only."""
-        self._apps.setdefault(team_id, set()).add(bundle_id)
+        """This app is of this team, whose keys may send to its topics; from now on, to those of listed apps only.
+
+        Raises Refused where the bundle id is none.
+        """
+        self._apps.setdefault(team_id, set()).add(check_topic(bundle_id))
         self._forget_verified()
 
     def keys(self) -> list[tuple[str, str]]:
@@ -338,7 +340,7 @@ class Apple(Faults, Devices):
             late = reasons.INVALID_PUSH_TYPE
         elif not topic:
             late = reasons.MISSING_TOPIC
-        elif not _topic(topic):
+        elif not is_topic(topic):
             late = reasons.BAD_TOPIC
         elif certificate is not None:
             late = None if topic.decode() in certificate.topics else reasons.TOPIC_DISALLOWED

@@ -34,7 +34,8 @@ from heliograph.protocols.provider_token import check_ids, mint
 from heliograph.simulator.devices import KEEP, Device, Shown
 from heliograph.simulator.faults import Rule
 from heliograph.simulator.reading import add_rules, parse_json, read, read_rules
-from heliograph.simulator.server import Simulator
+from heliograph.simulator.reception import cannot_listen
+from heliograph.simulator.server import Simulator, reached_at
 from heliograph.simulator.watching import as_json, told
 
 MAX_BODY_BYTES = 1024 * 1024
@@ -100,10 +101,9 @@ async def controlled(simulator: Simulator, port: int = 0) -> AsyncIterator[Contr
     try:
         listening = socket.create_server((simulator.host, port), family=family)
     except OSError as error:
-        raise ConfigError(
-            f"The control API cannot listen on {simulator.host}:{port} ({error.strerror}): name another port"
-        ) from None
-    host, port = listening.getsockname()[:2]
+        raise cannot_listen("The control API", simulator.host, port, error) from None
+    address, port = listening.getsockname()[:2]
+    host = reached_at(address)
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     with contextlib.closing(listening), contextlib.closing(Control(simulator, url)) as control:
         async with serving(control.app, listening, answering_s=_ANSWERING_S):
@@ -145,7 +145,7 @@ class Control:
             "/reset": {"POST": self._reset},
         }
         self._paths = tuple(routes)
-        self.app: ASGIApp = Starlette(
+        app = Starlette(
             routes=[_route(path, methods) for path, methods in routes.items()],
             exception_handlers={
                 **dict.fromkeys((Problem, ConfigError, Refused), _on_error),
@@ -153,6 +153,8 @@ class Control:
                 HTTPException: self._on_http_exception,
             },
         )
+        app.router.redirect_slashes = False  # people with curl would see nothing at all
+        self.app: ASGIApp = app
 
     def close(self) -> None:
         """Let go of the simulator; streams of what is shown end."""
@@ -160,16 +162,20 @@ class Control:
         self._unfollow()
         self._wake()
 
+    def follow(self, follower: Callable[[int, Shown], None]) -> Callable[[], None]:
+        """Have `follower` called with all that is shown from now on, and its number; call what this gives to end it."""
+        # Who follows is told in turn, and we came first: by then it is counted.
+        return self._apple.follow(lambda new: follower(self._number, new))
+
     # -- what it is ----------------------------------------------------------------------------------------------
 
     def describe(self) -> dict[str, object]:
         """What a client has to know, and what there is to ask for."""
         apple = self._apple
-        host = f"[{apple.host}]" if ":" in apple.host else apple.host
         return {
             "what": "a simulator of Apple Push Notification service",
-            "url": f"https://{host}:{apple.port}",
-            "host": apple.host,
+            "url": apple.url,
+            "host": reached_at(apple.host),
             "port": apple.port,
             "control": self.url,
             "environment": apple.environment,

@@ -21,6 +21,7 @@ that are switched off, background pushes that it holds back to save power) is no
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Callable
 from math import inf
@@ -29,6 +30,7 @@ from typing import Literal
 from msgspec import Struct
 
 from heliograph import reasons
+from heliograph.complaints import shown
 from heliograph.errors import Refused
 from heliograph.model import DeviceToken, Environment, PushType
 from heliograph.protocols import apns
@@ -100,6 +102,17 @@ class Known(Struct):
     """UNIX seconds, of what is stored."""
 
 
+is_topic = re.compile(rb"[A-Za-z0-9._-]{1,255}").fullmatch
+
+
+def check_topic(topic: str) -> str:
+    """The same, if a request could ever have it as its topic or bundle id. Raises Refused."""
+    if not is_topic(topic.encode(errors="replace")):
+        text = f"{shown(topic)!r} is no bundle id: it is letters, digits, hyphens and periods, 255 of them at most."
+        raise Refused(reasons.BAD_TOPIC.word, text, field="topic")
+    return topic
+
+
 class Devices:
     """All devices of a simulator."""
 
@@ -116,12 +129,15 @@ class Devices:
     def register(self, token: str, *, topic: str | None = None, environment: Environment | None = None) -> None:
         """The app is on the device (again). The token is for `topic` only and of `environment`; None: any, and ours.
 
-        A device without a network stays without one. Raises Refused where the token is none.
+        A device without a network stays without one. Raises Refused where token or topic are none, ValueError where the
+        environment is none.
         """
         octets = apns.check_token(token)
+        lives = None if environment is None else Environment(environment)  # in tests it may well be a word
+        scope = None if topic is None else check_topic(topic).encode()
         device = self._known.setdefault(octets, Known())
-        device.topic = None if topic is None else topic.encode()
-        device.environment = environment
+        device.topic = scope
+        device.environment = lives
         device.since = None
 
     def unregister(self, token: str, since: int) -> None:

@@ -32,6 +32,7 @@ from heliograph import reasons
 from heliograph.errors import Refused
 from heliograph.model import PushType
 from heliograph.protocols import apns
+from heliograph.simulator.devices import check_topic
 
 _MAX_REASON_CHARS = 1000
 """A GOAWAY is one frame."""
@@ -219,11 +220,13 @@ class Rule(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Implied by an action that is for connections only."""
 
     def __post_init__(self) -> None:
-        if self.token is not None:
-            try:
+        try:
+            if self.token is not None:
                 apns.check_token(self.token)
-            except Refused as no:
-                raise ValueError(no.detail) from None
+            if self.app is not None:
+                check_topic(self.app)
+        except Refused as no:
+            raise ValueError(no.detail) from None
         if self.after < 0 or (self.times is not None and self.times < 1):
             raise ValueError("`after` is 0 or more, `times` 1 or more")
         if not 0.0 < self.share <= 1.0:
@@ -306,7 +309,11 @@ class Faults:
         """What rules with a `share` throw; the same each time, or seeded otherwise."""
 
     def add_rule(self, rule: Rule) -> int:
-        """Add a rule behind those that there are; its id."""
+        """Add a rule behind those that there are; its id. Raises ValueError where something is of a wrong type."""
+        try:
+            msgspec.convert(msgspec.to_builtins(rule, enc_hook=str), Rule)  # building it in Python checks no types
+        except msgspec.ValidationError as error:
+            raise ValueError(f"This is no rule: {error}") from None
         self._rule_ids += 1
         active = _Active(self._rule_ids, rule)
         (self._openings if rule.for_connections else self._rules).append(active)

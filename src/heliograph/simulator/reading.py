@@ -66,7 +66,10 @@ def load_rules(path: Path) -> Sequence[Rule]:
     """A fault script. Raises ConfigError."""
     octets = read_file(path, "The fault script")
     try:
-        return read_rules(_parse_toml(octets) if path.suffix == ".toml" else parse_json(octets))
+        document = _parse_toml(octets) if path.suffix == ".toml" else parse_json(octets)
+        if isinstance(document, dict) and not {"rules", "action"} & document.keys():
+            raise ConfigError("There are no rules in it: in TOML each begins with [[rules]], in JSON they are a list")
+        return read_rules(document)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
@@ -94,7 +97,7 @@ def add_rules(faults: Faults, rules: Sequence[Rule]) -> list[int]:
 def _parse_toml(octets: bytes) -> Any:
     try:
         return tomllib.loads(octets.decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"This is not TOML in UTF-8: {error}") from None
 
 

@@ -12,6 +12,7 @@ from typing import Literal, cast
 
 from msgspec import Struct
 
+from heliograph.errors import ConfigError
 from heliograph.net.http2 import HANDSHAKE_S, Link, end_links
 from heliograph.protocols.http2 import ServerConnection
 
@@ -158,3 +159,9 @@ async def bind(host: str, port: int) -> list[socket.socket]:
     if missing is not None and not listening:
         raise missing
     return listening
+
+
+def cannot_listen(what: str, host: str, port: int, error: OSError) -> ConfigError:
+    """What to tell where a port cannot be had; `what` begins its sentence."""
+    todo = "name another port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "name an address of this machine"
+    return ConfigError(f"{what} cannot listen on {host}:{port} ({error.strerror}): {todo}")

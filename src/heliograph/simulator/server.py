@@ -18,7 +18,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from heliograph.errors import ConfigError
 from heliograph.model import Environment, SigningKey
 from heliograph.net.http2 import Link
 from heliograph.net.tls import Identity, server_context, throwaway_identity
@@ -27,7 +26,7 @@ from heliograph.simulator.apple import KEEP, Apple
 from heliograph.simulator.connection import AppleConnection
 from heliograph.simulator.faults import Handshake, Rule
 from heliograph.simulator.journal import Journal, Judged, open_private
-from heliograph.simulator.reception import Reception, Treatment, Welcome, bind
+from heliograph.simulator.reception import Reception, Treatment, Welcome, bind, cannot_listen
 from heliograph.simulator.session import Session
 
 __all__ = ["IDLE_S", "KEY_ID", "STREAMS", "TEAM_ID", "Judged", "Simulator", "new_signing_key", "open_private"]
@@ -100,6 +99,12 @@ class Simulator(Apple):
         """By what is wrong with the certificate; "" is the right one."""
 
     @property
+    def url(self) -> str:
+        """`https://HOST:PORT`, where it is reached; a push goes to `/3/device/TOKEN` there."""
+        host = reached_at(self.host)
+        return f"https://[{host}]:{self.port}" if ":" in host else f"https://{host}:{self.port}"
+
+    @property
     def ca_pem(self) -> bytes:
         """The authority that clients have to trust."""
         return self.identity.ca_pem
@@ -109,9 +114,10 @@ class Simulator(Apple):
         super().add_app(bundle_id, team_id or self.signing_key.team_id)
 
     def add_rule(self, rule: Rule) -> int:
+        number = super().add_rule(rule)
         if isinstance(rule.action, Handshake) and rule.action.how not in ("silent", "closed", "alert"):
             self._faulty_tls(rule.action.how)  # made now, not while a client waits
-        return super().add_rule(rule)
+        return number
 
     def reset(self) -> None:
         super().reset()
@@ -127,9 +133,7 @@ class Simulator(Apple):
             self._reception = Reception(await bind(self.host, self.port), self._receive)
         except OSError as error:
             self._close_journal()
-            raise ConfigError(
-                f"The simulator cannot listen on {self.host}:{self.port} ({error.strerror}): name another port"
-            ) from None
+            raise cannot_listen("The simulator", self.host, self.port, error) from None
         self.port = self._reception.port
         return self
 
@@ -181,6 +185,11 @@ class Simulator(Apple):
 
 def _faulty_certificate(identity: Identity, how: str) -> bytes:
     return {"expired": identity.expired_pem, "other-name": identity.other_name_pem}.get(how, b"")
+
+
+def reached_at(host: str) -> str:
+    """What to call from this machine what listens on `host`, by a name that the certificate has."""
+    return "localhost" if host in ("0.0.0.0", "::") else host  # noqa: S104 - is not bound
 
 
 def new_signing_key(key_id: str = KEY_ID, team_id: str = TEAM_ID) -> SigningKey:

@@ -10,16 +10,17 @@ Every method may be called from any thread, and has had its effect when it retur
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from functools import wraps
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
-from typing import Concatenate, ParamSpec, Self, TypeVar
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 from heliograph.model import Environment
 from heliograph.protocols.provider_token import mint
@@ -28,6 +29,8 @@ from heliograph.simulator.server import Simulator, open_private
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+_NOT_THERE = "The simulator does not listen (any more): use it inside its `with` block"
 
 _LOOK_S = 0.005
 """Between two looks at what was received."""
@@ -53,13 +56,16 @@ class ThreadedSimulator:
         self._simulator = Simulator(environment, strict=strict, port=port)
         self._thread = threading.Thread(target=self._run, name="heliograph simulator", daemon=True)
         self._started: Future[asyncio.AbstractEventLoop] = Future()
+        self._over = False
+        self._asked: set[Future[Any]] = set()
+        """What callers wait for."""
         self._stop = asyncio.Event()
         self._folder = TemporaryDirectory(prefix="heliograph-simulator-")
 
     def __enter__(self) -> Self:
         self._thread.start()
         try:
-            self._loop = self._started.result()
+            self._started.result()
         except BaseException:
             self._thread.join()
             self._folder.cleanup()
@@ -88,7 +94,7 @@ class ThreadedSimulator:
     @property
     def url(self) -> str:
         """`https://127.0.0.1:PORT`; a push goes to `/3/device/TOKEN` there."""
-        return f"https://{self.host}:{self.port}"
+        return self._simulator.url
 
     @property
     def ca_pem(self) -> bytes:
@@ -147,12 +153,16 @@ class ThreadedSimulator:
         try:
             asyncio.get_running_loop()
         except RuntimeError:
-            return asyncio.run_coroutine_threadsafe(self._wait(count, timeout_s), self._loop).result()
+            return self._start_waiting(count, timeout_s).result()
         raise RuntimeError("wait_for would stop this event loop: write `await apple.wait_for_async(...)`")
 
     async def wait_for_async(self, count: int = 1, timeout_s: float = 5.0) -> list[Received]:
         """As `wait_for`, for tests that are coroutines of asyncio."""
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._wait(count, timeout_s), self._loop))
+        return await asyncio.wrap_future(self._start_waiting(count, timeout_s))
+
+    def _start_waiting(self, count: int, timeout_s: float) -> Future[list[Received]]:
+        loop = self._loop
+        return self._promised(asyncio.run_coroutine_threadsafe(self._wait(count, timeout_s), loop))
 
     async def _wait(self, count: int, timeout_s: float) -> list[Received]:
         if count > KEEP:
@@ -170,7 +180,6 @@ class ThreadedSimulator:
     shown = _in_its_thread(Simulator.shown)
     devices = _in_its_thread(Simulator.devices)
     register = _in_its_thread(Simulator.register)
-    unregister = _in_its_thread(Simulator.unregister)
     go_offline = _in_its_thread(Simulator.go_offline)
     add_key = _in_its_thread(Simulator.add_key)
     add_app = _in_its_thread(Simulator.add_app)
@@ -188,12 +197,17 @@ class ThreadedSimulator:
     rules = _in_its_thread(Simulator.rules)
     reset = _in_its_thread(Simulator.reset)
 
+    def unregister(self, token: str, since: int | None = None) -> None:
+        """As `Simulator.unregister`; where no `since` is given, the app is gone from now on."""
+        at = int(time.time() * 1000) if since is None else since
+        self.ask(lambda apple: apple.unregister(token, at))
+
     def come_online(self, token: str) -> None:
         """The device has a network again, and shows what waited for it."""
         self.ask(lambda apple: apple.come_online(token, time.time()))
 
     def ask(self, what: Callable[[Simulator], R]) -> R:
-        """Have something done in the simulator's thread, and wait for it."""
+        """Have something done in the simulator's thread, and wait for it. Raises RuntimeError where that has ended."""
         done: Future[R] = Future()
 
         def do() -> None:
@@ -203,7 +217,27 @@ class ThreadedSimulator:
                 done.set_exception(error)
 
         self._loop.call_soon_threadsafe(do)
-        return done.result()
+        return self._promised(done).result()
+
+    @property
+    def _loop(self) -> asyncio.AbstractEventLoop:
+        """Raises RuntimeError where the simulator does not listen."""
+        if self._over or not self._started.done():
+            raise RuntimeError(_NOT_THERE)
+        return self._started.result()
+
+    def _promised(self, what: Future[R]) -> Future[R]:
+        """It comes to an end even if the loop does before it has come to it."""
+        self._asked.add(what)
+        what.add_done_callback(self._asked.discard)
+        if self._over:
+            self._break_promises()
+        return what
+
+    def _break_promises(self) -> None:
+        for what in tuple(self._asked):
+            with contextlib.suppress(InvalidStateError):  # it is done meanwhile
+                what.set_exception(RuntimeError(_NOT_THERE))
 
     # -- its thread ----------------------------------------------------------------------------------------------
 
@@ -212,6 +246,9 @@ class ThreadedSimulator:
             asyncio.run(self._serve())
         except Exception as error:  # noqa: BLE001 - told to who started it
             self._started.set_exception(error)
+        finally:
+            self._over = True
+            self._break_promises()
 
     async def _serve(self) -> None:
         async with self._simulator:

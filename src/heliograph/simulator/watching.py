@@ -65,7 +65,8 @@ class Watcher:
         self._collapsible.move_to_end(key)
         if len(self._collapsible) > KEEP:
             self._collapsible.popitem(last=False)
-        return f"{'replaces the last' if replaces else 'the first'} with collapse id {_safe(received.collapse_id)}"
+        # Each alert of heliograph's has one, its own id, so that the first with one is nothing special.
+        return f"replaces the last with collapse id {_safe(received.collapse_id)}" if replaces else ""
 
 
 def essentials(received: Received) -> str:

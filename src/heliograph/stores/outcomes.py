@@ -9,7 +9,7 @@ import msgspec
 from msgspec.structs import replace
 
 from heliograph.errors import StoreError
-from heliograph.model import Detail, Environment, Headers, Outcomes, Receipt, State
+from heliograph.model import NO_ANSWER, Detail, Environment, Headers, Outcomes, Receipt, State
 from heliograph.stores.body import Places
 
 UNREADABLE = "Unreadable"
@@ -123,23 +123,29 @@ def exhume(known: Outcomes, indices: Collection[int], now: float, age_s: float) 
 
 
 def call_off(known: Outcomes, indices: Collection[int], age_s: float) -> tuple[Outcomes, list[int]]:
-    """`known` with those of `indices` cancelled that are queued, and which those are."""
+    """`known` with those of `indices` called off that are queued, and which those are.
+
+    They are cancelled, but for what Apple may have taken when it was last tried: that is unknown.
+    """
     moment = _moment(age_s)
     states = bytearray(known.states)
     times_ms = bytearray(known.times_ms)
     details = {detail.index: detail for detail in known.details}
-    cancelled = []
+    called_off = []
     for index in indices:
         if not 0 <= index < len(states) or states[index] != State.QUEUED:
             continue
+        state = State.CANCELLED
         if index in details:
             if details[index].cancelled:  # it was on its way when its holder was lost: nobody knows what became of it
                 continue
             details[index] = replace(details[index], attempts=details[index].attempts - 1, due_at=None)
-        states[index] = State.CANCELLED
+            if details[index].reason == NO_ANSWER:
+                state = State.UNKNOWN
+        states[index] = state
         times_ms[4 * index : 4 * index + 4] = moment
-        cancelled.append(index)
-    return Outcomes(known.batch_id, known.attempt, bytes(states), bytes(times_ms), tuple(details.values())), cancelled
+        called_off.append(index)
+    return Outcomes(known.batch_id, known.attempt, bytes(states), bytes(times_ms), tuple(details.values())), called_off
 
 
 def _moment(age_s: float) -> bytes:

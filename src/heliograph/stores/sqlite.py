@@ -113,6 +113,7 @@ class SqliteStore:
         self._monotonic = monotonic
         self._opened_at = clock() - monotonic()
         self._max_waiting = max_waiting
+        self._lease_s = lease_s
         self._takers = Takers()
         # The loop's thread alone has to do with these.
         self._held: MaybeHeld | None = None
@@ -198,7 +199,8 @@ class SqliteStore:
             if leases := self._readable(rows):
                 return leases
             if not rows:
-                await self._takers.wait(seen, shut, wait_s)
+                # What is leased with a put wakes nobody, and its lease may run out too.
+                await self._takers.wait(seen, shut, min(wait_s, self._lease_s))
 
     async def finish(self, ends: Sequence[LeaseEnd]) -> None:
         if not ends:

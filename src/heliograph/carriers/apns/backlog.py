@@ -53,6 +53,10 @@ class Backlog:
         """The queues that hold anything; the first one's turn it is."""
         self._turn = TURN
         """What is left of that turn."""
+        self._alone: dict[bytes, Slice] = {}
+        """Where those wait that are alone, by their whole id."""
+        self._parts: dict[bytes, list[Slice]] = {}
+        """The other slices, by the prefix of their batch."""
 
     @property
     def lanes(self) -> dict[Lane, int]:
@@ -69,8 +73,27 @@ class Backlog:
         if not queue:
             self._ring.append(queue)
         queue.append(work)
+        if work.alone:
+            for each in work.suffixes:
+                self._alone[each] = work
+        else:
+            self._parts.setdefault(work.prefixes[0], []).append(work)
         share.waiting += count
         self.waiting += count
+
+    def join(self, work: Slice) -> bool:
+        """Whether what was put last of its lane takes it along, which must be small: else it is to be put."""
+        share = self._shares.get(work.lane)
+        if share is None or not share.small:
+            return False
+        last = share.small[-1]
+        if not last.left or len(last.keys) >= SMALL or not last.join(work):
+            return False
+        for each in work.suffixes:
+            self._alone[each] = last
+        share.waiting += len(work.keys)
+        self.waiting += len(work.keys)
+        return True
 
     def offer(self, room: int) -> tuple[Slice, int]:
         """What is next where there is room for so many: from which slice, and how many. Something must be waiting."""
@@ -83,12 +106,17 @@ class Backlog:
         """So many of what was offered last are gone."""
         queue = self._ring[0]
         work = queue[0]
+        if work.alone:
+            self._forget_alone(work, count)
         work.place += count
         queue.share.waiting -= count
         self.waiting -= count
         self._turn -= count
         if work.place == len(work.keys):
             queue.popleft()
+            if not work.alone:
+                self._forget_part(work)
+            _skip_empty(queue)
             if not queue:
                 self._ring.popleft()
                 self._turn = TURN
@@ -106,6 +134,11 @@ class Backlog:
         """Take that slice out, whole. Something must be waiting."""
         queue = min(self._ring, key=lambda each: each[0].since)
         work = queue.popleft()
+        if work.alone:
+            self._forget_alone(work, work.left)
+        else:
+            self._forget_part(work)
+        _skip_empty(queue)
         queue.share.waiting -= work.left
         self.waiting -= work.left
         if not queue:
@@ -115,31 +148,57 @@ class Backlog:
 
     def withdraw(self, wanted: Mapping[bytes, Collection[int]]) -> list[int]:
         """Take these notifications out where they wait, by the prefix of their batch (see `Slice`); their keys."""
+        those: dict[Slice, None] = {}
+        for prefix, indices in wanted.items():
+            those.update(dict.fromkeys(self._parts.get(prefix, ())))
+            for index in indices:
+                alone = self._alone.pop(prefix + b"%04x" % (index + 1), None)
+                if alone is not None:
+                    those[alone] = None
         keys: list[int] = []
-        for queue in self._ring:
-            taken: list[int] = []
-            for work in queue:
-                indices = wanted.get(work.prefixes[0])
-                if indices is not None:
-                    taken += work.withdraw(indices)
-            if taken:
-                queue.share.waiting -= len(taken)
-                left = [work for work in queue if work.left]
-                queue.clear()
-                queue.extend(left)
-                keys += taken
+        for work in those:
+            taken = work.withdraw(wanted)
+            keys += taken
+            share = self._shares[work.lane]
+            share.waiting -= len(taken)
+            if not work.left:
+                # It stays in its queue until it would be first: to look for it takes longer, the more there are.
+                if not work.alone:
+                    self._forget_part(work)
+                _skip_empty(share.small)
+                _skip_empty(share.large)
         if keys:
             self.waiting -= len(keys)
             if not self._ring[0]:
                 self._turn = TURN
-            self._ring = deque(queue for queue in self._ring if queue)
+            if not all(self._ring):
+                self._ring = deque(queue for queue in self._ring if queue)
         return keys
 
     def pop_all(self) -> list[Slice]:
         """Take everything out."""
-        everything = [work for queue in self._ring for work in queue]
+        everything = [work for queue in self._ring for work in queue if work.left]
         self.waiting = 0
         self._turn = TURN
         self._shares.clear()
         self._ring.clear()
+        self._alone.clear()
+        self._parts.clear()
         return everything
+
+    def _forget_alone(self, work: Slice, count: int) -> None:
+        for each in work.suffixes[work.place : work.place + count]:
+            self._alone.pop(each, None)
+
+    def _forget_part(self, work: Slice) -> None:
+        prefix = work.prefixes[0]
+        parts = self._parts[prefix]
+        parts.remove(work)
+        if not parts:
+            del self._parts[prefix]
+
+
+def _skip_empty(queue: _Queue) -> None:
+    """What is first has something left."""
+    while queue and not queue[0].left:
+        queue.popleft()

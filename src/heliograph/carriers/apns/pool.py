@@ -56,6 +56,8 @@ _NAME_BACKOFF_S = 5.0
 """The longest pause after a failed look-up: it asks nobody at Apple."""
 _REST_S = 20.0
 """How long a pool rests whose provider token Apple calls expired; less than anybody's patience."""
+_ILL_S = 10.0
+"""So long after a good answer a 5xx is Apple's trouble with one request, and not with all: single ones are common."""
 _ILL_ADVICE = "it is Apple's own trouble (its System Status page may tell more): what waits is tried again by itself"
 _ALARM_S = 60.0
 """The same trouble is not logged more often."""
@@ -200,7 +202,8 @@ class Pool:
         self._apps.add(batch.app)
         self._used_at = now = self._loop.time()
         for work in slices(batch, indices, self._last_number << INDEX_BITS, now):
-            self._backlog.put(work)
+            if not (work.alone and self._backlog.join(work)):
+                self._backlog.put(work)
         self._pump_soon()
 
     def _pump_soon(self) -> None:
@@ -244,7 +247,10 @@ class Pool:
                 return True
             work, count = backlog.offer(free)
             taken = connection.submit(work.requests(self._template(work.headers), count))
-            if taken:
+            if taken and work.alone:
+                for key in work.keys[work.place : work.place + taken]:
+                    self._carried[key >> INDEX_BITS].sent.append((connection.used_at, 1))
+            elif taken:
                 carried = self._carried[work.keys[work.place] >> INDEX_BITS]
                 carried.sent.append((connection.used_at, taken))
             backlog.take(taken)
@@ -570,7 +576,7 @@ class Pool:
         ahead = self._clock() - self._loop.time()
         trouble, advice, own = self.trouble, self._advice, self._own
         since, seen = self._trouble_since, self._trouble_seen
-        if trouble is None and self._ill_seen > self._answered_at:
+        if trouble is None and self._ill_seen > self._answered_at + _ILL_S:
             trouble, advice, own = f"Apple answers {self._ill} ({self._endpoint.host})", _ILL_ADVICE, False
             since, seen = self._ill_since, self._ill_seen
         rests_until = max(self._rests_until, self._refused_until)

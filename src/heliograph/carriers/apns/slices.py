@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from msgspec.structs import replace
 
@@ -22,9 +22,12 @@ Literals = tuple[tuple[bytes, bytes], ...]
 
 
 class Slice:
-    """Notifications of one batch with the same template that wait for a stream, as columns."""
+    """Notifications with the same template that wait for a stream, as columns: of one batch, or `alone`."""
 
-    __slots__ = ("bodies", "headers", "keys", "lane", "literals", "paths", "place", "prefixes", "since", "suffixes")
+    __slots__ = (
+        *("alone", "bodies", "headers", "keys", "lane", "literals", "paths", "place"),
+        *("prefixes", "since", "suffixes"),
+    )
 
     def __init__(
         self,
@@ -37,7 +40,11 @@ class Slice:
         bodies: Sequence[bytes],
         suffixes: Sequence[bytes],
         since: float,
+        *,
+        alone: bool = False,
     ) -> None:
+        """`alone`: each is all of its batch that is to be sent, so that ids have no prefix in common: it is empty."""
+        self.alone = alone
         self.lane = lane
         self.headers = headers
         """What they share; expiration and collapse id are in `literals`, one entry for all or one each."""
@@ -55,11 +62,27 @@ class Slice:
     def left(self) -> int:
         return len(self.keys) - self.place
 
-    def withdraw(self, indices: Collection[int]) -> list[int]:
-        """Take those of these out that were not sent; their keys."""
+    def join(self, other: Slice) -> bool:
+        """Whether `other` goes along from now on: the two are `alone`, alike, and of one turn of the loop."""
+        if not (self.alone and other.alone and self.since == other.since and self.headers == other.headers):
+            return False
+        if len(self.literals) > 1 or self.literals != other.literals:
+            mine = self.literals if len(self.literals) > 1 else [self.literals[0]] * len(self.keys)
+            self.literals = [*mine, *other.literals]
+        self.keys = [*self.keys, *other.keys]
+        self.paths = [*self.paths, *other.paths]
+        self.bodies = [*self.bodies, *other.bodies]
+        self.suffixes = [*self.suffixes, *other.suffixes]
+        return True
+
+    def withdraw(self, wanted: Mapping[bytes, Collection[int]]) -> list[int]:
+        """Take those of these out that were not sent, by the prefix of their batch and their index; their keys."""
         taken: list[int] = []
         kept: list[int] = []
+        if not self.alone and self.prefixes[0] not in wanted:
+            return taken
         for place in range(self.place, len(self.keys)):
+            indices = wanted.get(self.suffixes[place][:-4] if self.alone else self.prefixes[0], ())
             (taken if self.keys[place] & INDEX_MASK in indices else kept).append(place)
         if taken:
             taken = [self.keys[place] for place in taken]
@@ -88,8 +111,27 @@ class Slice:
 
 def slices(batch: Batch, indices: Sequence[int], base: int, now: float) -> Iterator[Slice]:
     """These notifications of the batch; a request's key is its index and `base`. `now` is the loop's time."""
+    if len(indices) == 1:
+        yield _alone(batch, indices[0], base, now)
+        return
     for headers, literals, chosen in _alike(batch, indices):
         yield _slice(batch, headers, literals, base, chosen, now)
+
+
+def _alone(batch: Batch, index: int, base: int, now: float) -> Slice:
+    headers = batch.headers[0 if batch.headers_of is None else batch.headers_of[index]]
+    return Slice(
+        (batch.app, batch.environment),
+        _shared(headers),
+        [tuple(apns.varying_fields(headers))],
+        b"",
+        [base + index],
+        [batch.tokens[index]],
+        [batch.payloads[index if len(batch.payloads) > 1 else 0]],
+        [batch.id.encode() + _SUFFIXES[index]],
+        now,
+        alone=True,
+    )
 
 
 def _alike(batch: Batch, indices: Sequence[int]) -> Iterator[tuple[Headers, Sequence[Literals], Sequence[int]]]:
