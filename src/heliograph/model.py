@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from enum import IntEnum, StrEnum
 
 from msgspec import Struct
-from msgspec.structs import force_setattr
+from msgspec.structs import force_setattr, replace
 
 MAX_BATCH = 1000
 """Notifications in one batch, at most."""
@@ -143,10 +143,18 @@ class Detail(Struct, frozen=True, omit_defaults=True):
     """UNIX seconds of the next try of a deferred one."""
     why: str | None = None
     """What happened, in a sentence, where Apple said nothing."""
+    unanswered: bool = False
+    """An answer to one of its tries never came, so Apple may have taken it whatever came of the later ones."""
     again_from: float | None = None
     """UNIX seconds when somebody had a buried one sent again: patience counts from there."""
+
     cancelled: bool = False
     """Somebody cancelled it while it was being sent: whatever becomes of that, it is not sent again."""
+
+    def left_unanswered(self) -> Detail:
+        """Of one that is called off after an answer never came: that is what there is to say of it."""
+        why = self.why if self.reason == NO_ANSWER else "an earlier try was not answered"
+        return replace(self, reason=NO_ANSWER, status=None, why=why)
 
 
 class Outcomes(Struct, frozen=True):

@@ -664,7 +664,7 @@ class StoreContract:
         batch = a_batch(2)
         await queue.put([batch])
         await queue.take(1)
-        lost = Detail(0, NO_ANSWER, attempts=2, due_at=START + 900, why="reset")
+        lost = Detail(0, NO_ANSWER, attempts=2, due_at=START + 900, why="reset", unanswered=True)
         await store.record([outcomes(batch, [QUEUED, QUEUED], lost)], [])
         await queue.finish([LeaseEnd(batch.id, 1, START + 900)])
         wanted = [batch.id + "0001", batch.id + "0002"]

@@ -174,6 +174,19 @@ async def test_what_apple_may_have_taken_when_it_was_last_tried_is_unknown_once_
     assert dict(meter.ends)["unknown",] == 1
 
 
+async def test_what_apple_may_have_taken_before_its_last_no_is_unknown_once_it_is_cancelled(
+    house: House, apple: Simulator
+) -> None:
+    apple.resets(token(1), ErrorCode.INTERNAL_ERROR, times=1)
+    apple.rejects(token(1), "ServiceUnavailable", retry_after_s=600)
+    ids = await house.push([token(1)])
+    await house.receipts(ids, lambda receipt: receipt.reason == "ServiceUnavailable")
+    await house.relay.cancel(ids)
+    (receipt,) = await house.receipts(ids)
+    assert (receipt.state, receipt.reason, receipt.status) == (State.UNKNOWN, "NoAnswer", None)
+    assert receipt.why == "an earlier try was not answered"
+
+
 @pytest.mark.parametrize(
     "then,state,reason",
     [

@@ -30,7 +30,6 @@ from heliograph.batches import make_batches, new_batch_id, parse_id
 from heliograph.errors import NotConnected, Refused, StoreError
 from heliograph.model import (
     ACCEPTED,
-    NO_ANSWER,
     Answered,
     App,
     Batch,
@@ -317,11 +316,9 @@ class Relay:
             await recorded
         cancelled = await self._store.cancel(elsewhere) if elsewhere else ()
         self._wake_waiters({each[:-4] for each in cancelled})
-        for each in cancelled:
-            before = waiting[each]
-            if before.environment is not None:
-                state = State.UNKNOWN if before.reason == NO_ANSWER else State.CANCELLED
-                self._telemetry.lane(before.app, before.environment).ended(state, 1)
+        for ended in await self._store.find_receipts(cancelled) if cancelled else ():
+            if ended is not None and ended.environment is not None:
+                self._telemetry.lane(ended.app, ended.environment).ended(ended.state, 1)
         if not cancelled and not places:
             await asyncio.sleep(_SETTLE_S)
 

@@ -258,13 +258,18 @@ class Progress:
             attempts = self._attempts(index)
             before = self.details.get(index)
             decision = self._decision(index, outcome, attempts, moment)
+            unanswered = isinstance(outcome, Unknown) or (before is not None and before.unanswered)
             if before is not None and before.cancelled:
-                decision = _not_again(decision, outcome)
+                decision = _not_again(decision, outcome, unanswered=unanswered)
             detail = _detail(index, outcome, decision, attempts)
             if before is not None and decision == _CANCELLED:
                 detail = replace(before, attempts=attempts - 1, due_at=None, cancelled=False)
             elif before is not None and before.again_from is not None:
                 detail = replace(detail, again_from=before.again_from)
+            if unanswered:
+                detail = replace(detail, unanswered=True)
+                if decision == _MAYBE and not isinstance(outcome, Unknown):
+                    detail = detail.left_unanswered()
             if isinstance(decision, policy.End):
                 self.set_state((index,), decision.state, now)
                 if decision.state is State.BURIED:
@@ -305,11 +310,13 @@ class Progress:
                 self.details[index] = replace(detail or Detail(index), cancelled=True)
                 out.append(index)
                 continue
+            state = State.CANCELLED
             if detail is not None:
-                self.details[index] = replace(detail, attempts=detail.attempts - 1, due_at=None)
-            # As in `stores.outcomes.call_off`: Apple may have taken it when it was last tried.
-            unknown = detail is not None and detail.reason == NO_ANSWER
-            waiting[State.UNKNOWN if unknown else State.CANCELLED].append(index)
+                detail = replace(detail, attempts=detail.attempts - 1, due_at=None)
+                if detail.unanswered:  # as in `stores.outcomes.call_off`
+                    state, detail = State.UNKNOWN, detail.left_unanswered()
+                self.details[index] = detail
+            waiting[state].append(index)
         for state, those in waiting.items():
             if those:
                 self.set_state(those, state, now)
@@ -396,13 +403,17 @@ _CANCELLED = policy.End(State.CANCELLED)
 """Apple did not see it this time."""
 
 
-def _not_again(decision: policy.Decision, outcome: Outcome) -> policy.Decision:
+_MAYBE = policy.End(State.UNKNOWN, NO_ANSWER)
+"""Apple may have seen it, this time or before."""
+
+
+def _not_again(decision: policy.Decision, outcome: Outcome, *, unanswered: bool) -> policy.Decision:
     """What follows instead, as it was cancelled meanwhile."""
     if isinstance(decision, policy.End) and decision.state in (State.ACCEPTED, State.REJECTED):
         return decision
-    if isinstance(outcome, NotProcessed):
-        return _CANCELLED
-    return policy.End(State.UNKNOWN if isinstance(outcome, Unknown) else State.CANCELLED, decision.reason)
+    if unanswered:
+        return _MAYBE
+    return _CANCELLED if isinstance(outcome, NotProcessed) else policy.End(State.CANCELLED, decision.reason)
 
 
 def _detail(index: int, outcome: Outcome, decision: policy.Decision, attempts: int) -> Detail:

@@ -9,7 +9,7 @@ import msgspec
 from msgspec.structs import replace
 
 from heliograph.errors import StoreError
-from heliograph.model import NO_ANSWER, Detail, Environment, Headers, Outcomes, Receipt, State
+from heliograph.model import Detail, Environment, Headers, Outcomes, Receipt, State
 from heliograph.stores.body import Places
 
 UNREADABLE = "Unreadable"
@@ -117,7 +117,8 @@ def exhume(known: Outcomes, indices: Collection[int], now: float, age_s: float) 
             continue
         states[index] = State.QUEUED
         times_ms[4 * index : 4 * index + 4] = moment
-        details[index] = Detail(index, due_at=now, again_from=now)
+        unanswered = index in details and details[index].unanswered
+        details[index] = Detail(index, due_at=now, again_from=now, unanswered=unanswered)
         again.append(index)
     return Outcomes(known.batch_id, known.attempt, bytes(states), bytes(times_ms), tuple(details.values())), again
 
@@ -125,7 +126,7 @@ def exhume(known: Outcomes, indices: Collection[int], now: float, age_s: float) 
 def call_off(known: Outcomes, indices: Collection[int], age_s: float) -> tuple[Outcomes, list[int]]:
     """`known` with those of `indices` called off that are queued, and which those are.
 
-    They are cancelled, but for what Apple may have taken when it was last tried: that is unknown.
+    They are cancelled, but for what Apple may have taken when it was tried: that is unknown.
     """
     moment = _moment(age_s)
     states = bytearray(known.states)
@@ -139,9 +140,10 @@ def call_off(known: Outcomes, indices: Collection[int], age_s: float) -> tuple[O
         if index in details:
             if details[index].cancelled:  # it was on its way when its holder was lost: nobody knows what became of it
                 continue
-            details[index] = replace(details[index], attempts=details[index].attempts - 1, due_at=None)
-            if details[index].reason == NO_ANSWER:
-                state = State.UNKNOWN
+            detail = replace(details[index], attempts=details[index].attempts - 1, due_at=None)
+            if detail.unanswered:
+                state, detail = State.UNKNOWN, detail.left_unanswered()
+            details[index] = detail
         states[index] = state
         times_ms[4 * index : 4 * index + 4] = moment
         called_off.append(index)
