@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import re
 from collections.abc import Callable
@@ -278,3 +279,10 @@ def _read_key(reference: str, setting: str) -> str:
     if not key:
         raise ConfigError(f"{setting}: the file has no key in it: write it there, or name another one")
     return key
+
+
+def with_payload(content: dict[str, Any], payload: bytes | None) -> bytes:
+    """A request's body, with a whole payload where there is one."""
+    body = json.dumps(content).encode()
+    # As it stands: the server passes a payload on octet by octet.
+    return body if payload is None else body[:-1] + b', "payload": ' + payload + b"}"

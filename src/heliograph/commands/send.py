@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from heliograph.commands.calling import NOTIFICATIONS, Server, with_server
+from heliograph.commands.calling import NOTIFICATIONS, Server, with_payload, with_server
 from heliograph.commands.status import complete_push_type, exit_code_of, say_state
 from heliograph.commands.telling import FAILED, RefusedError, tell
 from heliograph.errors import ConfigError
@@ -123,12 +123,6 @@ def _wrongs(problem: dict[str, Any]) -> list[tuple[str, str]]:
     """Code and detail of each thing that is wrong."""
     found = problem.get("errors") or [problem]
     return list(dict.fromkeys((each.get("code", problem["status"]), each.get("detail", "")) for each in found))
-
-
-def with_payload(content: dict[str, Any], payload: bytes | None) -> bytes:
-    body = json.dumps(content).encode()
-    # As it stands: the server passes a payload on octet by octet.
-    return body if payload is None else body[:-1] + b', "payload": ' + payload + b"}"
 
 
 def _clean(token: str) -> str:

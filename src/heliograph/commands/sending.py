@@ -11,8 +11,7 @@ from typing import Any
 
 import click
 
-from heliograph.commands.calling import NOTIFICATIONS, Reply, Server
-from heliograph.commands.send import with_payload
+from heliograph.commands.calling import NOTIFICATIONS, Reply, Server, with_payload
 from heliograph.commands.status import UNFINISHED, exit_code_of, say_state
 from heliograph.commands.telling import DONE, FAILED, WAITING, RefusedError, UnreachableError, progress, tell
 
