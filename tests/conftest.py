@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -15,6 +16,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Whoever runs this in the background of a script has it ignore Ctrl-C, and what the tests start would inherit that.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # Random examples, but in CI, where a change must not fail for what it did not touch. What a run finds, it prints in
     # a form that can be replayed.
     common = settings(derandomize=False, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
