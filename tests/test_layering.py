@@ -42,6 +42,7 @@ ROOMS: dict[str, set[str]] = {
     "apps": {"credentials", "vault", "net", "carriers", "ports", "protocols", "model", *COMMON},
     "config": {"model", *COMMON},
     "telemetry": {"model", *COMMON},  # counts outcomes by their reason
+    "logs": {"model", *COMMON},
     "ports": {"model", *COMMON},
     "net": {"protocols", "model", *COMMON},  # model: a client certificate goes into a TLS context
     "keys": {"ports", "model", *COMMON},

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from heliograph import config as module
 from heliograph.config import (
     AppSettings,
     Config,
@@ -18,9 +17,11 @@ from heliograph.config import (
     Environments,
     Setting,
     explain,
+    files,
     load,
     read_file,
     read_secret,
+    reading,
 )
 from heliograph.errors import ConfigError
 from heliograph.model import Environment
@@ -143,7 +144,7 @@ def test_an_empty_variable_is_none() -> None:
 
 
 def test_variables_of_the_command_line_are_no_settings() -> None:
-    environ = dict.fromkeys(module.NOT_SETTINGS, "x")
+    environ = dict.fromkeys(reading.NOT_SETTINGS, "x")
     assert load(None, environ) == load(None, {})
 
 
@@ -206,7 +207,7 @@ def test_variables_reach_every_setting(file: Path) -> None:
         variables["HELIOGRAPH_" + name] = value
     assert load(None, variables) == config
     known = {
-        name.replace("NAME", "KEY", 1) for name in module._variables_of(Config, "NAME") if "NAME__NAME" not in name
+        name.replace("NAME", "KEY", 1) for name in reading._variables_of(Config, "NAME") if "NAME__NAME" not in name
     }
     given = {name.removeprefix("HELIOGRAPH_").replace("SEVERAL", "KEY").replace("__2__", "__1__") for name in variables}
     assert known - given == {"APPS__KEY__CERTIFICATE", "APPS__KEY__CERTIFICATE_KEY"}
@@ -564,7 +565,7 @@ def test_a_secret_may_come_through_a_fifo_that_somebody_opens(tmp_path: Path) ->
 
 
 def test_a_writer_may_take_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_WRITER_S", 0.01)
+    monkeypatch.setattr(files, "_WRITER_S", 0.01)
     go = threading.Event()
     slow = threading.Timer(0.1, go.set)
     slow.start()
@@ -576,12 +577,12 @@ def test_a_writer_may_take_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_fifo_that_nobody_writes_into_is_waited_for_a_while_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_WRITER_S", 0.01)
+    monkeypatch.setattr(files, "_WRITER_S", 0.01)
     path = tmp_path / "fifo"
     os.mkfifo(path, 0o600)
     with pytest.raises(ConfigError, match=rf"^api.key: {path} is a pipe, and nobody writes into it within 0 s: start"):
         read_secret(f"file:{path}", "api.key")
-    monkeypatch.setattr(module, "_WRITTEN_S", 0.01)
+    monkeypatch.setattr(files, "_WRITTEN_S", 0.01)
     writer = os.open(path, os.O_RDWR)
     try:
         with pytest.raises(ConfigError, match="who writes into it has not ended within 0 s"):

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from heliograph import service
+from heliograph import logs
 from heliograph.model import (
     ACCEPTED,
     Answered,
@@ -297,7 +297,7 @@ def hushed(said: str) -> bool:
 @pytest.mark.usefixtures("_logging_as_it_was")
 @pytest.mark.parametrize("as_json", [False, True])
 def test_no_log_line_shows_a_device_token_or_a_payload(capsys: pytest.CaptureFixture[str], as_json: bool) -> None:
-    service.configure_logging(json=as_json)
+    logs.configure_logging(json=as_json)
     log = structlog.get_logger("anything")
     log.info("everything", **EVERYTHING)
     for name, value in EVERYTHING.items():
@@ -318,7 +318,7 @@ def test_no_log_line_shows_a_device_token_or_a_payload(capsys: pytest.CaptureFix
 @pytest.mark.usefixtures("_logging_as_it_was")
 @pytest.mark.parametrize("as_json", [False, True])
 def test_what_other_libraries_log_shows_none_either(capsys: pytest.CaptureFixture[str], as_json: bool) -> None:
-    service.configure_logging(json=as_json)
+    logs.configure_logging(json=as_json)
     log = logging.getLogger("somebody.else")
     log.warning("sent %s and %r to %s", PAYLOAD, [PAYLOAD], TOKEN)
     log.warning("sent %(payload)s", {"payload": PAYLOAD})
@@ -332,7 +332,7 @@ def test_what_other_libraries_log_shows_none_either(capsys: pytest.CaptureFixtur
 @pytest.mark.usefixtures("_logging_as_it_was")
 @pytest.mark.parametrize("as_json", [False, True])
 def test_a_traceback_shows_no_local_variables(capsys: pytest.CaptureFixture[str], as_json: bool) -> None:
-    service.configure_logging(json=as_json)
+    logs.configure_logging(json=as_json)
 
     def fail(payload: bytes, token: str) -> None:
         raise ValueError(f"{len(payload)} octets for {len(token)} digits")
@@ -359,7 +359,7 @@ def test_a_traceback_shows_no_local_variables(capsys: pytest.CaptureFixture[str]
 def test_the_level_is_what_is_logged_and_what_is_above(
     capsys: pytest.CaptureFixture[str], level: str, shown: list[str]
 ) -> None:
-    service.configure_logging(json=True, level=level)
+    logs.configure_logging(json=True, level=level)
     log = structlog.get_logger("anything")
     for each in ("debug", "info", "warning", "error"):
         getattr(log, each)("said")

@@ -49,9 +49,9 @@ def demo(port: int, data: Path | None, *, exit_after_first: bool, as_json: bool)
     import shutil
     import tempfile
 
-    from heliograph import service
+    from heliograph import logs
 
-    service.configure_logging(level="warning")
+    logs.configure_logging(level="warning")
     say = _nothing if as_json else click.echo
     free = free_port(port)
     if free != port:

@@ -59,10 +59,10 @@ def serve(config: Path | None, log_format: str, log_level: str, *, simulator: bo
       team_id = "DEF123GHIJ"
       environment = "production"        # or development, or both
     """
-    from heliograph import service
+    from heliograph import logs, service
 
     settings = load_config(config)
-    service.configure_logging(json=as_json or log_format == "json", level=log_level)
+    logs.configure_logging(json=as_json or log_format == "json", level=log_level)
 
     def reread() -> Config:
         return load_config(config)
