@@ -104,7 +104,8 @@ def test_damaged_body_gives_a_batch_or_a_store_error(batch: Batch, data: st.Data
         body[data.draw(st.integers(0, len(body) - 1))] = data.draw(st.integers(0, 255))
     del body[data.draw(st.integers(0, len(body))) :]
     with contextlib.suppress(StoreError):
-        restored(batch, bytes(body))
+        found = restored(batch, bytes(body))
+        assert len(found.payloads) in (1, len(found))
 
 
 @pytest.mark.parametrize("body", [b"", b"\x00", b"\x03" + pack(plain())[1:], b"\x01", b"\x02", pack(plain())[:9]])
@@ -163,7 +164,18 @@ def test_damaged_heads_tell_something_or_nothing(batch: Batch, data: st.DataObje
     body = bytearray(pack(batch))
     for _ in range(data.draw(st.integers(1, 4))):
         body[data.draw(st.integers(0, min(len(body), 200) - 1))] = data.draw(st.integers(0, 255))
-    with contextlib.suppress(StoreError, IndexError):
+    with contextlib.suppress(StoreError):
         places = Places(bytes(body))
-        places.find(b"ab")
-        told(places, len(batch))
+        for token in (*batch.tokens, b"ab"):
+            found = places.find(token)
+            assert found == sorted(set(found))
+        with contextlib.suppress(IndexError):
+            assert len(told(places, len(batch))) == len(batch)
+
+
+def test_lengths_of_more_device_tokens_than_there_are_are_no_body() -> None:
+    body = pack(structs.replace(plain(2), tokens=[b"00ff", b"00ff00"]))
+    lengths = bytes((4, 0, 0, 0, 6, 0, 0, 0))
+    assert body.count(lengths) == 1
+    with pytest.raises(StoreError, match="fewer device tokens"):
+        Places(body.replace(lengths, bytes((4, 0, 0, 0, 8, 0, 0, 0))))

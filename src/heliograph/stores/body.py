@@ -131,6 +131,8 @@ class Places:
             self._head = _head(start)
             digits_of = self._head.digits_of
             self._ends = None if self._head.digits else list(accumulate(_read_lengths(digits_of), initial=0))
+            if self._ends is not None and (self._ends[-1] + 1) // 2 > len(self._head.tokens):
+                raise ValueError("it has fewer device tokens than lengths of them")
         except (ValueError, struct.error, msgspec.DecodeError) as error:
             raise StoreError(f"A stored body cannot be read: {error}") from error
         self._digits: str | None = None
