@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import compress
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -39,10 +39,13 @@ def check(
     environment: Environment,
     now: float,
     headers: Sequence[Headers],
-    tokens: Sequence[str],
+    tokens: Sequence[str] | Sequence[bytes],
     payloads: Sequence[bytes],
 ) -> Checked:
-    """Check a request's columns; `headers` and `payloads` have one entry for all or one each."""
+    """Check a request's columns; `headers` and `payloads` have one entry for all or one each.
+
+    Device tokens that are octets are lower-case hex already, as a codec made them.
+    """
     refused: list[Refused] = []
     checked_headers = _check_headers(app, environment, now, headers, refused)
     checked_tokens = _check_tokens(tokens, refused)
@@ -147,10 +150,12 @@ def _without_credentials(app: App, environment: Environment, topic: str) -> Refu
     return Refused("TopicDisallowed", text, field="push_type")
 
 
-def _check_tokens(tokens: Sequence[str], refused: list[Refused]) -> list[bytes]:
+def _check_tokens(tokens: Sequence[str] | Sequence[bytes], refused: list[Refused]) -> Sequence[bytes]:
+    if isinstance(tokens[0], bytes):
+        return cast("Sequence[bytes]", tokens)
     out: list[bytes] = []
     check_token = apns.check_token
-    for index, token in enumerate(tokens):
+    for index, token in enumerate(cast("Sequence[str]", tokens)):
         try:
             out.append(check_token(token))
         except Refused as error:

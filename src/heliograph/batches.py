@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 
-from heliograph.model import MAX_BATCH, MAX_BATCH_BYTES, Batch, Environment, Headers
+from heliograph.model import MAX_BATCH, MAX_BATCH_BYTES, Batch, Environment, Headers, Origin
 
 MAX_KINDS = 256
 """Distinct header sets in one batch: which one a notification uses is one octet."""
@@ -49,13 +49,14 @@ def make_batches(
     headers: Sequence[Headers],
     tokens: Sequence[bytes],
     payloads: Sequence[bytes],
+    origin: Origin | None = None,
 ) -> Iterator[Batch]:
     """Cut columns into batches, in order.
 
     `headers` and `payloads` have one entry for all or one each.
     """
     if len(tokens) == 1:
-        yield Batch(new_id(), app, environment, created_at, tuple(headers), tokens, payloads)
+        yield Batch(new_id(), app, environment, created_at, tuple(headers), tokens, payloads, origin=origin)
         return
     start = 0
     while start < len(tokens):
@@ -73,6 +74,7 @@ def make_batches(
             tokens=tokens[start:stop],
             payloads=payloads if len(payloads) == 1 else payloads[start:stop],
             headers_of=kind_of,
+            origin=None if origin is None else origin.part(start, stop),
         )
         start = stop
 

@@ -10,7 +10,7 @@ is the same with zeros there (RFC 9562, section 5.7, leaves those bits to us). S
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import IntEnum, StrEnum
 
 from msgspec import Struct
@@ -94,6 +94,19 @@ class Headers(Struct, frozen=True, omit_defaults=True):
     """Never send it again where Apple may have acted on it."""
 
 
+class Origin(Struct, frozen=True, omit_defaults=True):
+    """Which connection brought a batch, for whoever asks what became of what was sent there."""
+
+    connection: str
+    """The door's name for it, as in its log lines; never used twice."""
+    identifiers: bytes = b""
+    """What the client calls each notification, 4 octets each, big-endian; empty where it calls them nothing."""
+
+    def part(self, start: int, stop: int) -> Origin:
+        """That of some of the notifications."""
+        return Origin(self.connection, self.identifiers[4 * start : 4 * stop])
+
+
 class Batch(Struct, frozen=True):
     """Up to `MAX_BATCH` notifications of one app and environment. Immutable once stored.
 
@@ -113,6 +126,9 @@ class Batch(Struct, frozen=True):
     """Device tokens as lower-case ASCII hex, as the wire wants them."""
     payloads: Sequence[bytes]
     headers_of: bytes | None = None
+    origin: Origin | None = None
+    apns_ids: Mapping[int, str] = {}
+    """By index: ids that callers brought themselves, canonical UUIDs. They are sent in place of ours."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -199,6 +215,12 @@ class Receipt(Struct, frozen=True):
     """As Apple got it: the notification's own id where nobody gave one."""
     expiration: int | None = None
     """As in `Headers`."""
+    connection: str | None = None
+    """As in `Origin`; None where it did not come by such a connection."""
+    identifier: int | None = None
+    """What the client of that connection called it."""
+    apns_id: str | None = None
+    """The id that its caller brought, and that it was sent under; None: it was sent under `id`."""
 
 
 class Filter(Struct, frozen=True):
@@ -216,6 +238,8 @@ class Filter(Struct, frozen=True):
     """UNIX seconds of the taking: not before."""
     until: float | None = None
     """Before."""
+    connection: str | None = None
+    """As in `Origin`."""
 
 
 class Page(Struct, frozen=True):
@@ -249,6 +273,14 @@ class Removal(Struct, frozen=True):
     token: DeviceToken
     since: int
     """UNIX seconds. Apple's 410 speaks milliseconds, a feedback tuple seconds; here it is seconds."""
+
+
+class Listed(Struct, frozen=True):
+    """A removal in the order in which they came to be known."""
+
+    number: int
+    """Higher than that of every earlier one, of whatever app. A removal that is learnt anew gets a new number."""
+    removal: Removal
 
 
 class Quarantine(Struct, frozen=True):
@@ -434,6 +466,35 @@ class Scope(StrEnum):
     """Look for notifications, and see what was given up on."""
     MANAGE = "manage"
     """Change apps, credentials and API keys, and have the buried sent again."""
+
+
+class KnownCaller(Struct, frozen=True, kw_only=True):
+    """Who may come to the doors where clients have no API key: known by a certificate, or by a signing key of its own.
+
+    What it shows opens our door, never Apple's.
+    """
+
+    id: str
+    """Of a certificate the SHA-256, as lower-case hex; of a signing key `<team id>.<key id>`."""
+    name: str
+    """What people call it."""
+    app: str
+    """The app that it sends to."""
+    environment: Environment | None = None
+    """None: that of the door it comes to, or the app's only one."""
+    topic: str | None = None
+    """With suffix; None: the app's."""
+    certificate: bytes | None = None
+    """PEM, without a private key. It may have ended long ago, and whoever signed it is not asked about."""
+    public_key: bytes | None = None
+    """PEM: what verifies the provider tokens that it signs."""
+    not_after: int | None = None
+    """UNIX seconds, of the certificate."""
+    created_at: float
+    """UNIX seconds."""
+
+    def __repr__(self) -> str:
+        return f"<caller {self.id[:16]} of {self.app}>"
 
 
 class ApiKey(Struct, frozen=True):

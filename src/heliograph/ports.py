@@ -15,10 +15,12 @@ from heliograph.model import (
     Depth,
     Environment,
     Filter,
+    KnownCaller,
     Lane,
     LaneView,
     Lease,
     LeaseEnd,
+    Listed,
     Once,
     Outcome,
     Outcomes,
@@ -43,11 +45,12 @@ class Carrier(Protocol):
         """Of these, by batch id, report those at once as not processed that are not on their way to Apple yet."""
         ...
 
-    async def ready(self, full: frozenset[Lane] | None = None) -> frozenset[Lane]:
-        """The lanes that should be given nothing now, as enough of theirs waits.
+    def full(self) -> frozenset[Lane] | None:
+        """The lanes that should be given nothing now, as enough of theirs waits; None: all, as it is too much."""
+        ...
 
-        Waits while all of them together are too much, and while the answer is `full`.
-        """
+    async def ready(self, full: frozenset[Lane] | None = None) -> frozenset[Lane]:
+        """As `full`, but waits while all of them together are too much, and while the answer would be `full`."""
         ...
 
     def lanes(self) -> Sequence[LaneView]:
@@ -98,7 +101,7 @@ class Queue(Protocol):
 
 
 class Store(Protocol):
-    """What is known: outcomes, removals, the buried, apps, API keys."""
+    """What is known: outcomes, removals, the buried, apps, API keys and other callers."""
 
     async def record(
         self, outcomes: Sequence[Outcomes], removals: Sequence[Removal], quarantines: Sequence[Quarantine] = ()
@@ -112,6 +115,39 @@ class Store(Protocol):
 
     async def find_receipts(self, ids: Sequence[str]) -> Sequence[Receipt | None]:
         """One entry an id, in order; None where no such notification was ever taken."""
+        ...
+
+    async def keep(
+        self,
+        finished: Sequence[tuple[Batch, Outcomes]],
+        removals: Sequence[Removal] = (),
+        quarantines: Sequence[Quarantine] = (),
+    ) -> None:
+        """Keep batches that never were in the queue, with what became of them; durable, in one transaction.
+
+        A batch whose id is known already is left as it is.
+        """
+        ...
+
+    async def find_removals(
+        self, app: str, environment: Environment | None, after: int, limit: int
+    ) -> Sequence[Listed]:
+        """The app's removals with numbers above `after`, lowest first; those that lapsed or were revived are gone."""
+        ...
+
+    async def told_until(self, app: str, environment: Environment) -> int:
+        """The number up to which the app's removals were told by the feedback service; 0 before the first time."""
+        ...
+
+    async def tell_until(self, app: str, environment: Environment, number: int) -> None:
+        """They are told up to this number now; a lower one than before changes nothing."""
+        ...
+
+    async def revive(self, app: str, environment: Environment, tokens: Collection[bytes], at: float) -> int:
+        """These device tokens (lower-case hex) were registered at `at` (UNIX seconds): how many were held back so far.
+
+        Ends removals that are not newer, and quarantines.
+        """
         ...
 
     async def held_among(self, app: str, environment: Environment, tokens: Collection[bytes]) -> dict[bytes, str]:
@@ -176,6 +212,18 @@ class Store(Protocol):
         ...
 
     async def delete_app(self, name: str) -> bool:
+        """Whether there was one."""
+        ...
+
+    async def save_caller(self, caller: KnownCaller) -> None:
+        """Keep who may come with a certificate or a signing key of its own, in place of a former one with this id."""
+        ...
+
+    async def find_callers(self) -> Sequence[KnownCaller]:
+        """All of them, oldest first."""
+        ...
+
+    async def delete_caller(self, id: str) -> bool:
         """Whether there was one."""
         ...
 

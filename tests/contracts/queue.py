@@ -11,13 +11,13 @@ import contextlib
 import random
 import uuid
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import pytest
 from msgspec import structs
 
 from heliograph.errors import Overloaded
-from heliograph.model import Batch, Environment, Headers, Lane, Lease, LeaseEnd, PushType
+from heliograph.model import Batch, Environment, Headers, Lane, Lease, LeaseEnd, Origin, PushType
 from heliograph.ports import Queue
 
 LEASE_S = 30.0
@@ -65,6 +65,11 @@ def a_batch(
         tokens=[random.randbytes(32).hex().encode() for _ in range(size)],
         payloads=[b'{"aps":{"alert":"%d"}}' % number for number in range(size)],
     )
+
+
+def identifiers(numbers: Iterable[int]) -> bytes:
+    """As `Origin` has them."""
+    return b"".join(number.to_bytes(4, "big") for number in numbers)
 
 
 def ids(leases: Sequence[Lease]) -> list[str]:
@@ -138,6 +143,22 @@ class QueueContract:
             batch.id: batch for batch in (one_each, shared, mixed)
         }
         assert [(lease.attempt, lease.outcomes) for lease in leases] == [(1, None)] * 3
+
+    @pytest.mark.parametrize("lease", [False, True])
+    async def test_batch_is_taken_with_its_connection_and_the_ids_that_callers_brought(
+        self, queue: Queue, clock: Clock, lease: bool
+    ) -> None:
+        theirs = str(uuid.uuid4())
+        batches = [
+            structs.replace(a_batch(3), origin=Origin("main-9f31c2-1", identifiers([0, 5, 0xFFFFFFFF]))),
+            structs.replace(a_batch(2), origin=Origin("täglich"), apns_ids={1: theirs}),
+            structs.replace(a_batch(2), apns_ids={0: theirs.upper(), 1: theirs}),
+        ]
+        leases = await queue.put(batches, lease=lease)
+        assert [each.batch for each in leases] == (batches if lease else [])
+        clock.advance(LEASE_S)
+        taken = {each.batch.id: each.batch for each in await queue.take(10)}
+        assert [taken[batch.id] for batch in batches] == batches
 
     async def test_batch_put_twice_is_taken_once(self, queue: Queue) -> None:
         batch = a_batch()

@@ -26,8 +26,11 @@ from heliograph.model import (
     Environment,
     Filter,
     Headers,
+    KnownCaller,
     LeaseEnd,
+    Listed,
     Once,
+    Origin,
     Outcomes,
     Page,
     PushType,
@@ -38,7 +41,7 @@ from heliograph.model import (
     State,
 )
 from heliograph.ports import Queue, Store
-from tests.contracts.queue import LEASE_S, MAX_WAITING, START, Clock, a_batch
+from tests.contracts.queue import LEASE_S, MAX_WAITING, START, Clock, a_batch, identifiers
 
 PRODUCTION, DEVELOPMENT = Environment.PRODUCTION, Environment.DEVELOPMENT
 
@@ -77,6 +80,8 @@ async def finished(queue: Queue, store: Store, batch: Batch, states: list[State]
 def told(batch: Batch, index: int, state: State, updated_at: float | None = None, **more: Any) -> Receipt:
     """The receipt of one place, where `more` says nothing else."""
     headers = batch.headers[0 if batch.headers_of is None else batch.headers_of[index]]
+    origin = batch.origin or Origin("")
+    names = struct.unpack(f">{len(origin.identifiers) // 4}I", origin.identifiers)
     return Receipt(
         f"{batch.id}{index + 1:04x}",
         batch.app,
@@ -89,6 +94,9 @@ def told(batch: Batch, index: int, state: State, updated_at: float | None = None
         token=DeviceToken(batch.tokens[index].decode()),
         collapse_id=headers.collapse_id,
         expiration=headers.expiration,
+        connection=origin.connection or None,
+        identifier=names[index] if names else None,
+        apns_id=batch.apns_ids.get(index),
         **more,
     )
 
@@ -109,6 +117,29 @@ async def listed(store: Store, wanted: Filter, limit: int = 100) -> list[Receipt
 
 def places(receipts: Sequence[Receipt]) -> list[str]:
     return [receipt.id for receipt in receipts]
+
+
+async def found_by(store: Store, *ids: str) -> list[str | None]:
+    """The ids of what is found by these."""
+    return [None if receipt is None else receipt.id for receipt in await store.find_receipts(ids)]
+
+
+async def dead(store: Store, *tokens: bytes, app: str = "shop", since: int = 5) -> None:
+    """Removals, each recorded after the other."""
+    for token in tokens:
+        await store.record([], [removal(token, app=app, since=since)])
+
+
+async def removed(
+    store: Store, after: int = 0, *, app: str = "shop", environment: Environment | None = PRODUCTION
+) -> list[bytes]:
+    """The device tokens that are listed, in their order."""
+    found = await store.find_removals(app, environment, after, 1000)
+    return [each.removal.token.encode() for each in found]
+
+
+async def last_number(store: Store, app: str = "shop") -> int:
+    return max((each.number for each in await store.find_removals(app, None, 0, 1000)), default=0)
 
 
 async def states_of(store: Store, batch: Batch) -> list[State | None]:
@@ -132,6 +163,7 @@ def fits(wanted: Filter, batch: Batch, index: int, state: State, detail: Detail 
         and wanted.topic in (None, headers.topic)
         and (wanted.since is None or batch.created_at >= wanted.since)
         and (wanted.until is None or batch.created_at < wanted.until)
+        and (wanted.connection is None or (batch.origin is not None and batch.origin.connection == wanted.connection))
     )
 
 
@@ -227,6 +259,174 @@ class StoreContract:
         (receipt,) = await store.find_receipts([(batch.id + "0001").upper()])
         assert receipt is not None
         assert receipt.id == batch.id + "0001"
+
+    async def test_receipt_tells_the_connection_and_what_its_client_called_it(self, queue: Queue, store: Store) -> None:
+        named = replace(a_batch(3), origin=Origin("main-9f31c2-17", identifiers([0, 7, 0xFFFFFFFF])))
+        unnamed = replace(a_batch(), origin=Origin("main-9f31c2-18"))
+        await queue.put([named, unnamed, elsewhere := a_batch()])
+        found = await store.find_receipts([batch.id + "0001" for batch in (named, unnamed, elsewhere)])
+        assert [receipt and (receipt.connection, receipt.identifier) for receipt in found] == [
+            ("main-9f31c2-17", 0),
+            ("main-9f31c2-18", None),
+            (None, None),
+        ]
+        found = await store.find_receipts([named.id + "0002", named.id + "0003"])
+        assert list(found) == [told(named, index, QUEUED) for index in (1, 2)]
+        assert [receipt and receipt.identifier for receipt in found] == [7, 0xFFFFFFFF]
+
+    # By the ids that callers brought
+
+    async def test_notification_is_found_by_the_apns_id_that_its_caller_brought(
+        self, queue: Queue, store: Store
+    ) -> None:
+        theirs = "A9B8C7D6-0123-4567-89AB-CDEF01234567"
+        batch = replace(a_batch(3), apns_ids={1: theirs})
+        await queue.put([a_batch(), batch])
+        ours = batch.id + "0002"
+        found = await store.find_receipts([theirs, theirs.lower(), ours, batch.id + "0001", str(uuid.uuid4())])
+        assert list(found) == [*[told(batch, 1, QUEUED)] * 3, told(batch, 0, QUEUED), None]
+        assert [receipt and (receipt.id, receipt.apns_id) for receipt in found[:1]] == [(ours, theirs)]
+
+    async def test_of_several_with_the_same_apns_id_the_newest_is_found(self, queue: Queue, store: Store) -> None:
+        theirs = str(uuid.uuid4())
+        first, second = (replace(a_batch(2), apns_ids={index: theirs}) for index in (0, 1))
+        await queue.put([first])
+        assert await found_by(store, theirs) == [first.id + "0001"]
+        await queue.put([second], lease=True)
+        assert await found_by(store, theirs) == [second.id + "0002"]
+        third = replace(a_batch(3), apns_ids={0: theirs, 2: theirs.upper()})
+        await store.keep([(third, outcomes(third, [ACCEPTED] * 3))])
+        assert await found_by(store, theirs, theirs) == [third.id + "0003"] * 2
+        assert await found_by(store, first.id + "0001") == [first.id + "0001"]
+
+    async def test_id_of_ours_is_ours_though_a_caller_brought_the_same(self, queue: Queue, store: Store) -> None:
+        ours = a_batch()
+        theirs = replace(a_batch(), apns_ids={0: ours.id + "0001"})
+        await queue.put([theirs])
+        assert await found_by(store, ours.id + "0001") == [theirs.id + "0001"]
+        await queue.put([ours])
+        assert await found_by(store, ours.id + "0001") == [ours.id + "0001"]
+
+    async def test_apns_ids_of_what_is_not_taken_find_nothing(self, queue: Queue, store: Store) -> None:
+        theirs = [str(uuid.uuid4()) for _ in range(4)]
+        batch = replace(a_batch(), apns_ids={0: theirs[0]})
+        await queue.put([batch], once=once(1))
+        await queue.put([replace(batch, apns_ids={0: theirs[1]})])  # known already
+        with pytest.raises(Repeated):
+            await queue.put([replace(a_batch(), apns_ids={0: theirs[2]})], once=once(1))
+        with pytest.raises(Overloaded):
+            await queue.put([replace(a_batch(1000), apns_ids={0: theirs[3]}) for _ in range(MAX_WAITING // 1000 + 1)])
+        assert await found_by(store, *theirs) == [batch.id + "0001", None, None, None]
+
+    async def test_apns_id_that_is_no_uuid_is_refused(self, queue: Queue, store: Store) -> None:
+        for text in ("", "x", "a9b8c7d60123456789abcdef01234567", "{a9b8c7d6-0123-4567-89ab-cdef01234567}"):
+            batch = replace(a_batch(), apns_ids={0: text})
+            with pytest.raises(ValueError, match="UUID"):
+                await queue.put([batch])
+            with pytest.raises(ValueError, match="UUID"):
+                await store.keep([(batch, outcomes(batch, [ACCEPTED]))])
+        assert queue.waiting == 0
+
+    async def test_apns_ids_are_forgotten_with_their_notifications(
+        self, queue: Queue, store: Store, clock: Clock
+    ) -> None:
+        theirs = str(uuid.uuid4())
+        waits, old = (replace(a_batch(created_at=START - 60), apns_ids={0: theirs}) for _ in range(2))
+        await queue.put([waits])
+        await store.keep([(old, outcomes(old, [ACCEPTED]))])
+        assert await found_by(store, theirs) == [old.id + "0001"]
+        assert await store.purge(clock()) == 1
+        assert await found_by(store, theirs) == [waits.id + "0001"]
+
+    # What never was in the queue
+
+    async def test_what_is_kept_has_receipts_and_does_not_wait(self, queue: Queue, store: Store) -> None:
+        origin = Origin("main-9f31c2-1", identifiers([9, 8]))
+        batch = replace(a_batch(2, app="späti", environment=DEVELOPMENT), origin=origin)
+        others = [a_batch(created_at=START + number) for number in range(200)]
+        no = Detail(1, "BadDeviceToken", 400)
+        await store.keep(
+            [
+                (batch, outcomes(batch, [ACCEPTED, State.REJECTED], no)),
+                *((other, outcomes(other, [CANCELLED], Detail(0, "SentBefore", attempts=0))) for other in others),
+            ]
+        )
+        assert list(await store.find_receipts([batch.id + "0001", batch.id + "0002"])) == [
+            told(batch, 0, ACCEPTED, START + 0.25, attempts=1),
+            told(batch, 1, State.REJECTED, START + 0.5, reason="BadDeviceToken", status=400, attempts=1),
+        ]
+        found = await listed(store, Filter(apps=frozenset(("shop",)), reason="SentBefore"))
+        assert places(found) == [other.id + "0001" for other in reversed(others)]
+        assert queue.waiting == 0
+        await queue.put([waits := a_batch(app="späti", environment=DEVELOPMENT)])
+        assert [lease.batch for lease in await queue.take(1000)] == [waits]
+
+    async def test_batch_that_is_known_is_left_as_it_is_by_keeping(self, queue: Queue, store: Store) -> None:
+        waits, kept = a_batch(), a_batch()
+        await queue.put([waits])
+        await store.keep([(kept, outcomes(kept, [ACCEPTED])), (kept, outcomes(kept, [State.EXPIRED]))])
+        await store.keep([(batch, outcomes(batch, [State.REJECTED], attempt=9)) for batch in (waits, kept)])
+        assert await states_of(store, waits) + await states_of(store, kept) == [QUEUED, ACCEPTED]
+        await queue.put([kept])
+        assert queue.waiting == 1
+        assert [lease.batch for lease in await queue.take(10)] == [waits]
+
+    async def test_what_is_kept_is_not_recorded_anew(self, store: Store) -> None:
+        batch = a_batch()
+        await store.keep([(batch, outcomes(batch, [ACCEPTED]))])
+        assert list(await store.record([outcomes(batch, [State.REJECTED], attempt=2)], [])) == []
+        assert await states_of(store, batch) == [ACCEPTED]
+
+    async def test_removals_and_quarantines_are_kept_with_it(self, store: Store, clock: Clock) -> None:
+        batch = a_batch(3)
+        for _ in range(2):
+            await store.held_among("shop", PRODUCTION, batch.tokens)  # whatever is remembered of it
+            await store.keep(
+                [(batch, outcomes(batch, [State.REJECTED, State.REJECTED, ACCEPTED]))],
+                [removal(batch.tokens[0])],
+                [quarantine(batch.tokens[1], clock() + 60)],
+            )
+            assert await store.held_among("shop", PRODUCTION, batch.tokens) == {
+                batch.tokens[0]: "Unregistered",
+                batch.tokens[1]: "BadDeviceToken",
+            }
+        assert await removed(store) == [batch.tokens[0]]
+        await store.keep([], [removal(batch.tokens[2])])
+        await store.keep([])
+        assert await removed(store) == [batch.tokens[0], batch.tokens[2]]
+
+    async def test_what_was_given_up_on_and_kept_is_found_and_sent_again(self, queue: Queue, store: Store) -> None:
+        batch = a_batch(2, app="späti")
+        await store.keep([(batch, outcomes(batch, [BURIED, ACCEPTED], *given_up(0)))])
+        assert places(await store.find_buried(["späti"], None, 9)) == [batch.id + "0001"]
+        assert places(await store.find_buried(None, None, 9)) == [batch.id + "0001"]
+        assert list(await store.replay([batch.id + "0001", batch.id + "0002"])) == [batch.id + "0001"]
+        assert queue.waiting == 2
+        (lease,) = await queue.take(10)
+        assert lease.batch == batch
+        await store.record([outcomes(batch, [ACCEPTED, ACCEPTED], attempt=lease.attempt)], [])
+        assert await states_of(store, batch) == [ACCEPTED, ACCEPTED]
+
+    async def test_what_is_kept_is_not_cancelled(self, store: Store) -> None:
+        batch = a_batch()
+        await store.keep([(batch, outcomes(batch, [ACCEPTED]))])
+        assert list(await store.cancel([batch.id + "0001"])) == []
+
+    async def test_what_is_kept_is_forgotten_like_all_others(self, store: Store, clock: Clock) -> None:
+        old, young = a_batch(created_at=START - 60), a_batch()
+        await store.keep([(batch, outcomes(batch, [ACCEPTED])) for batch in (old, young)])
+        assert await store.purge(clock() - 1) == 1
+        assert await states_of(store, old) + await states_of(store, young) == [None, ACCEPTED]
+
+    async def test_many_keep_and_put_at_once(self, queue: Queue, store: Store) -> None:
+        kept, waiting = [a_batch(2) for _ in range(150)], [a_batch() for _ in range(150)]
+        await asyncio.gather(
+            *(store.keep([(batch, outcomes(batch, [ACCEPTED, CANCELLED]))]) for batch in kept),
+            *(queue.put([batch]) for batch in waiting),
+        )
+        assert {tuple(await states_of(store, batch)) for batch in kept} == {(ACCEPTED, CANCELLED)}
+        assert queue.waiting == 150
+        assert {lease.batch.id for lease in await queue.take(1000)} == {batch.id for batch in waiting}
 
     async def test_newer_outcomes_replace_older_ones_whole(self, queue: Queue, store: Store) -> None:
         batch = a_batch(2)
@@ -369,6 +569,148 @@ class StoreContract:
         assert set(await store.held_among("shop", PRODUCTION, [old, young, said_again])) == {young, said_again}
         await store.record([], [removal(old)])
         assert set(await store.held_among("shop", PRODUCTION, [old])) == {old}
+
+    # Removals in their order
+
+    async def test_removals_of_an_app_are_listed_in_the_order_of_their_coming(self, store: Store) -> None:
+        tokens = a_batch(6).tokens
+        await dead(store, *tokens[:3])
+        await store.record([], [removal(tokens[3], app="späti"), removal(tokens[4], environment=DEVELOPMENT, since=9)])
+        await dead(store, tokens[5])
+        assert await removed(store) == [*tokens[:3], tokens[5]]
+        assert await removed(store, environment=DEVELOPMENT) == [tokens[4]]
+        assert await removed(store, environment=None) == [*tokens[:3], tokens[4], tokens[5]]
+        assert await removed(store, app="späti") == [tokens[3]]
+        assert await removed(store, app="nobody", environment=None) == []
+        found = await store.find_removals("shop", None, 0, 100)
+        assert found[3] == Listed(found[3].number, removal(tokens[4], environment=DEVELOPMENT, since=9))
+        numbers = [each.number for each in found]
+        assert numbers == sorted(set(numbers))
+        assert numbers[0] > 0
+
+    async def test_removals_are_listed_after_a_number_and_so_many(self, store: Store) -> None:
+        tokens = a_batch(10).tokens
+        for place, token in enumerate(tokens):
+            await store.record([], [removal(token, environment=(PRODUCTION, DEVELOPMENT)[place % 2])])
+        for environment, expected in ((None, tokens), (PRODUCTION, tokens[::2]), (DEVELOPMENT, tokens[1::2])):
+            for limit in (1, 3, 100):
+                seen, after = [], 0
+                while found := await store.find_removals("shop", environment, after, limit):
+                    assert len(found) <= limit
+                    seen += [each.removal.token.encode() for each in found]
+                    after = found[-1].number
+                assert seen == expected
+        assert list(await store.find_removals("shop", None, 0, 0)) == []
+
+    async def test_removal_said_again_keeps_its_number_and_one_that_is_newer_gets_a_new_one(self, store: Store) -> None:
+        first, second = a_batch(2).tokens
+        await dead(store, first, second)
+        last = await last_number(store)
+        await dead(store, first)
+        await dead(store, first, since=4)
+        assert await removed(store, last) == []
+        assert await removed(store) == [first, second]
+        await dead(store, first, since=6)
+        assert await removed(store, last) == [first]
+        assert await removed(store) == [second, first]
+        (anew,) = await store.find_removals("shop", PRODUCTION, last, 10)
+        assert anew.removal.since == 6
+
+    async def test_of_one_token_told_twice_at_once_the_newer_counts(self, store: Store) -> None:
+        token = a_batch().tokens[0]
+        await asyncio.gather(
+            store.record([], [removal(token, since=since) for since in (5, 8, 7)]), dead(store, token, since=6)
+        )
+        (known,) = await store.find_removals("shop", PRODUCTION, 0, 10)
+        assert known.removal.since == 8
+
+    async def test_number_is_never_used_again(self, store: Store) -> None:
+        tokens = a_batch(3).tokens
+        await dead(store, *tokens)
+        last = await last_number(store)
+        assert await store.revive("shop", PRODUCTION, tokens, 5) == 3
+        await dead(store, tokens[0], since=6)
+        assert await removed(store, last) == [tokens[0]]
+
+    async def test_removals_that_lapsed_are_not_listed(self, store: Store, clock: Clock) -> None:
+        old, young = a_batch(2).tokens
+        await dead(store, old)
+        clock.advance(DAY_S)
+        await dead(store, young)
+        clock.advance(179 * DAY_S - 1)
+        assert await removed(store) == [old, young]
+        clock.advance(1)
+        assert await removed(store) == [young]
+        await store.purge(clock())
+        assert await removed(store) == [young]
+
+    async def test_who_follows_the_numbers_misses_nothing_that_comes_meanwhile(self, store: Store) -> None:
+        tokens = [a_batch(20).tokens for _ in range(10)]
+        seen: list[bytes] = []
+        after = 0
+
+        async def follow() -> None:
+            nonlocal after
+            for each in await store.find_removals("shop", PRODUCTION, after, 7):
+                seen.append(each.removal.token.encode())
+                after = each.number
+
+        for some in tokens:
+            await asyncio.gather(*(dead(store, token) for token in some), follow())
+        while len(seen) < 200:
+            before = len(seen)
+            await follow()
+            assert len(seen) > before
+        assert sorted(seen) == sorted(token for some in tokens for token in some)
+
+    async def test_what_was_told_is_remembered_by_app_and_environment_and_moves_forward_only(
+        self, store: Store
+    ) -> None:
+        assert await store.told_until("shop", PRODUCTION) == 0
+        for number, known in ((7, 7), (3, 7), (7, 7), (8, 8)):
+            await store.tell_until("shop", PRODUCTION, number)
+            assert await store.told_until("shop", PRODUCTION) == known
+        await asyncio.gather(*(store.tell_until("shop", PRODUCTION, number) for number in (12, 40, 9)))
+        assert await store.told_until("shop", PRODUCTION) == 40
+        assert await store.told_until("shop", DEVELOPMENT) == 0
+        assert await store.told_until("späti", PRODUCTION) == 0
+
+    # Registered again
+
+    async def test_token_that_is_registered_after_it_died_is_held_back_and_listed_no_more(self, store: Store) -> None:
+        older, same, newer, other = a_batch(4).tokens
+        for token, since in ((older, 99), (same, 100), (newer, 101), (other, 5)):
+            await dead(store, token, since=since)
+        assert await store.revive("shop", PRODUCTION, [older, same, newer, b"00ff"], 100.9) == 2
+        assert set(await store.held_among("shop", PRODUCTION, [older, same, newer, other])) == {newer, other}
+        assert await removed(store) == [newer, other]
+        assert await store.revive("shop", PRODUCTION, {older, same}, 100.9) == 0
+        assert await store.revive("shop", PRODUCTION, [], 100.9) == 0
+
+    async def test_token_that_is_registered_ends_its_quarantine(self, store: Store, clock: Clock) -> None:
+        tokens = a_batch(4).tokens
+        await store.record([], [removal(tokens[2])], [quarantine(token, clock() + 60) for token in tokens[:3]])
+        await store.record([], [], [quarantine(tokens[3], clock() + 1)])
+        clock.advance(1)  # the last one is over
+        assert await store.revive("shop", PRODUCTION, [tokens[0], tokens[2], tokens[3]], clock()) == 2
+        assert await store.held_among("shop", PRODUCTION, tokens) == {tokens[1]: "BadDeviceToken"}
+
+    async def test_token_is_registered_for_its_app_and_environment_only(self, store: Store, clock: Clock) -> None:
+        token = a_batch().tokens[0]
+        for app, environment in (("shop", PRODUCTION), ("shop", DEVELOPMENT), ("späti", PRODUCTION)):
+            await store.record([], [removal(token, app=app, environment=environment)])
+        assert await store.revive("shop", PRODUCTION, [token], clock()) == 1
+        assert await removed(store, environment=None) == [token]
+        assert await removed(store, app="späti") == [token]
+        assert set(await store.held_among("shop", DEVELOPMENT, [token])) == {token}
+
+    async def test_token_that_dies_again_after_its_registration_is_held_back_again(self, store: Store) -> None:
+        token = a_batch().tokens[0]
+        await dead(store, token)
+        await store.revive("shop", PRODUCTION, [token], 100)
+        await dead(store, token, since=101)
+        assert set(await store.held_among("shop", PRODUCTION, [token])) == {token}
+        assert await removed(store) == [token]
 
     # What was given up on
 
@@ -753,6 +1095,7 @@ class StoreContract:
                 headers=kinds,
                 headers_of=bytes(chance.choices(range(3), k=size)),
                 tokens=[chance.choice(tokens + [token] * 20) for token in batch.tokens],
+                origin=chance.choice([None, Origin("main-1"), Origin("main-2", identifiers(range(size)))]),
             )
             states = chance.choices([ACCEPTED, State.REJECTED, QUEUED, BURIED], [90, 5, 3, 2], k=size)
             details = {
@@ -780,6 +1123,7 @@ class StoreContract:
                 topic=chance.choice([None, None, "com.example.a", "com.example"]),
                 since=chance.choice([None, None, START + 10]),
                 until=chance.choice([None, None, START + 30, START + 5]),
+                connection=chance.choice([None, None, None, "main-1", "main-2", "main"]),
             )
             fitting = [
                 f"{batch.id}{index + 1:04x}"
@@ -796,6 +1140,28 @@ class StoreContract:
         assert len(await listed(store, Filter(since=START + 0.0005))) == 3
         assert await listed(store, Filter(until=0.0)) == []
         assert len(await listed(store, Filter(until=1e300, since=-5.0))) == 4
+
+    async def test_what_a_connection_brought_is_listed_page_by_page(self, queue: Queue, store: Store) -> None:
+        origins = [None, Origin("main-1"), Origin("main-2"), Origin("main-1", identifiers(range(3)))]
+        batches = [replace(a_batch(3, created_at=START + number), origin=origins[number % 4]) for number in range(40)]
+        await queue.put(batches[:20])
+        await store.keep([(batch, outcomes(batch, [ACCEPTED] * 3)) for batch in batches[20:]])
+        expected = [
+            f"{batch.id}{place:04x}"
+            for batch in reversed(batches)
+            for place in (3, 2, 1)
+            if batch.origin is not None and batch.origin.connection == "main-1"
+        ]
+        assert len(expected) == 60
+        for limit in (100, 60, 7, 3):
+            assert places(await listed(store, Filter(connection="main-1"), limit)) == expected
+        page = await store.find_notifications(Filter(connection="main-1"), None, 60)
+        assert page.next is None
+        assert await listed(store, Filter(connection="main-3")) == []
+        some = Filter(connection="main-1", states=frozenset((QUEUED,)), since=START + 10)
+        assert places(await listed(store, some)) == [
+            each for each in expected if batches[10].id < each < batches[20].id
+        ]
 
     async def test_pages_go_on_where_they_were_while_others_come_and_go(
         self, queue: Queue, store: Store, clock: Clock
@@ -876,3 +1242,24 @@ class StoreContract:
         assert await store.delete_key(first.id) is False
         assert await store.delete_key("") is False
         assert [key.id for key in await store.find_keys()] == [twin.id, ours.id]
+
+    async def test_callers_are_kept_replaced_and_deleted(self, store: Store) -> None:
+        assert list(await store.find_callers()) == []
+        old = KnownCaller(
+            id="ab" * 32,
+            name="the old script",
+            app="späti",
+            environment=DEVELOPMENT,
+            topic="com.example.shop.voip",
+            certificate=b"-----BEGIN CERTIFICATE-----\n",
+            not_after=1_300_000_000,
+            created_at=START + 2,
+        )
+        first = KnownCaller(id="TEAM000001.KEY0000001", name="", app="shop", public_key=b"\0\xff", created_at=START)
+        twin = replace(first, id="TEAM000001.KEY0000000")
+        for caller in (old, first, twin, replace(old, name="renamed"), first):
+            await store.save_caller(caller)
+        assert list(await store.find_callers()) == [twin, first, replace(old, name="renamed")]
+        assert await store.delete_caller(first.id) is True
+        assert await store.delete_caller(first.id) is False
+        assert [caller.id for caller in await store.find_callers()] == [twin.id, old.id]

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import apsw
@@ -23,15 +24,32 @@ from msgspec import structs
 
 from heliograph import crash
 from heliograph.errors import StoreBusy, StoreError
-from heliograph.model import Batch, Detail, DeviceToken, Environment, LeaseEnd, Once, Outcomes, Removal, State
+from heliograph.model import (
+    Batch,
+    Detail,
+    DeviceToken,
+    Environment,
+    Filter,
+    KnownCaller,
+    LeaseEnd,
+    Once,
+    Origin,
+    Outcomes,
+    Removal,
+    State,
+)
 from heliograph.ports import Queue, Store
 from heliograph.stores import sqlite_file
 from heliograph.stores.body import pack
 from heliograph.stores.outcomes import UNREADABLE
 from heliograph.stores.sqlite import SqliteStore
 from heliograph.stores.sqlite_file import Migration
+from heliograph.stores.sqlite_rows import key_of
 from tests.contracts.queue import LEASE_S, MAX_WAITING, START, Clock, QueueContract, a_batch, done, ids
 from tests.contracts.store import PRODUCTION, StoreContract, outcomes, removal
+
+ID_OF_ANOTHER = "a9b8c7d6-0123-4567-89ab-cdef01234567"
+"""Of a caller who makes ids as it likes."""
 
 
 @pytest.fixture
@@ -812,6 +830,148 @@ async def test_file_of_the_first_version_comes_over_whole(path: Path) -> None:
         await store.finish([LeaseEnd(batches["buried"].id, 3)])
         assert store.waiting == 0
         assert await store.purge(clock() + 1) == 6
+
+
+def count(db: apsw.Connection, table: str) -> object:
+    """Rows in it."""
+    return db.execute(f"SELECT count(*) FROM {table}").get
+
+
+def third_version(path: Path) -> list[Batch]:
+    """A file as the third version left it: of two batches the second waits, and six device tokens were removed."""
+    batches = [a_batch(2, created_at=START - 10), a_batch(1000)]
+    path.parent.mkdir()
+    with contextlib.closing(apsw.Connection(str(path))) as db:
+        db.pragma("journal_mode", "wal")
+        with db:
+            sqlite_file.migrate(db, path, tuple(sqlite_file.migrations())[:3])
+            db.execute("INSERT INTO lane VALUES (1, 'shop', 'production')")
+            for number, batch in enumerate(batches, 1):
+                key = bytes.fromhex((batch.id + "0000").replace("-", ""))
+                put = (number, key, batch.app, batch.environment, batch.created_at, len(batch), pack(batch))
+                db.execute("INSERT INTO batch VALUES (?,?,?,?,?,?,?)", put)
+            db.execute("INSERT INTO job (row, line, size, due_at) VALUES (2, 3, 1000, ?)", (START,))
+            known = outcomes(batches[0], [State.ACCEPTED, State.BURIED])
+            ended = (1, 1, known.states, known.times_ms, None, key_of(batches[0].id), "shop")
+            db.execute("INSERT INTO outcome VALUES (?,?,?,?,?,?,?)", ended)
+            for number, (app, environment) in enumerate(
+                [
+                    ("späti", "production"),
+                    *[("shop", "production")] * 3,
+                    ("shop", "development"),
+                    ("shop", "production"),
+                ]
+            ):
+                recorded_at = START - number * 40 * 86400
+                removed = (app, environment, bytes([number] * 32), START - 7 * number, recorded_at)
+                db.execute("INSERT INTO removal VALUES (?,?,?,?,?)", removed)
+            db.execute("INSERT INTO quarantine VALUES ('shop', 'production', x'ee', ?)", (START + 60,))
+            db.execute("INSERT INTO app VALUES ('shop', x'00')")
+    return batches
+
+
+async def test_file_of_the_third_version_comes_over_whole(path: Path) -> None:
+    ended, waits = third_version(path)
+    clock = Clock()
+    async with opened(path, clock, lease_s=LEASE_S) as store:
+        found = await store.find_receipts([ended.id + "0001", ended.id + "0002", waits.id + "03e8"])
+        assert [receipt and receipt.state for receipt in found] == [State.ACCEPTED, State.BURIED, State.QUEUED]
+        assert [receipt and (receipt.connection, receipt.identifier, receipt.apns_id) for receipt in found] == [
+            (None, None, None)
+        ] * 3
+        assert (await store.find_notifications(Filter(connection="main-1"), None, 9)).receipts == []
+        assert [receipt.id for receipt in await store.find_buried(["shop"], None, 9)] == [ended.id + "0002"]
+        assert await store.find_apps() == {"shop": b"\0"}
+        assert await store.find_callers() == []
+        new = structs.replace(a_batch(created_at=START + 1), origin=Origin("main-1"), apns_ids={0: waits.id + "ffff"})
+        await store.put([new])
+        assert [lease.batch for lease in await store.take(9)] == [new, waits]
+        (receipt,) = (await store.find_notifications(Filter(connection="main-1"), None, 9)).receipts
+        assert await store.find_receipts([waits.id + "ffff"]) == [receipt]
+
+
+async def test_removals_from_before_they_had_numbers_are_all_listed_in_the_order_of_their_coming(path: Path) -> None:
+    third_version(path)
+    tokens = [b"%02x" % number * 32 for number in range(6)]
+
+    async def listed(store: SqliteStore, environment: Environment | None) -> list[bytes]:
+        found = await store.find_removals("shop", environment, await store.told_until("shop", PRODUCTION), 100)
+        return [each.removal.token.encode() for each in found]
+
+    async with opened(path, clock := Clock()) as store:
+        # The oldest was recorded 200 days ago.
+        assert await listed(store, PRODUCTION) == [tokens[3], tokens[2], tokens[1]]
+        assert await listed(store, None) == [tokens[4], tokens[3], tokens[2], tokens[1]]
+        (oldest,) = await store.find_removals("shop", None, 0, 1)
+        assert oldest.removal == Removal(
+            "shop", Environment.DEVELOPMENT, DeviceToken(tokens[4].decode()), int(START) - 28
+        )
+        await store.purge(clock())
+        assert set(await store.held_among("shop", PRODUCTION, [*tokens, b"ee"])) == {*tokens[1:4], b"ee"}
+        assert set(await store.held_among("späti", PRODUCTION, tokens)) == {tokens[0]}
+        await store.record([], [Removal("shop", PRODUCTION, DeviceToken(tokens[3].decode()), int(START) - 20)])
+        assert await listed(store, PRODUCTION) == [tokens[2], tokens[1], tokens[3]]
+
+
+async def test_number_of_a_removal_is_never_used_again_whatever_was_deleted_meanwhile(path: Path) -> None:
+    token = "00ff"
+    async with opened(path) as store:
+        await store.record([], [Removal("shop", PRODUCTION, DeviceToken(token), 5)])
+        (first,) = await store.find_removals("shop", PRODUCTION, 0, 9)
+        await store.tell_until("shop", PRODUCTION, first.number)
+        assert await store.revive("shop", PRODUCTION, [token.encode()], 5) == 1
+    async with opened(path) as store:
+        assert await store.told_until("shop", PRODUCTION) == first.number
+        await store.record([], [Removal("shop", PRODUCTION, DeviceToken(token), 6)])
+        (second,) = await store.find_removals("shop", PRODUCTION, first.number, 9)
+        assert second.number > first.number
+
+
+async def test_purge_leaves_nothing_behind_of_connections_and_of_ids_that_callers_brought(
+    path: Path, clock: Clock
+) -> None:
+    async with opened(path, clock) as store:
+        for _ in range(40):
+            batch = structs.replace(a_batch(2), origin=Origin("main-1"), apns_ids={0: ID_OF_ANOTHER, 1: ID_OF_ANOTHER})
+            await store.keep([(batch, outcomes(batch, [State.ACCEPTED] * 2))])
+        assert await store.purge(clock() + 1) == 40
+        for table in ("apns_id", "batch INDEXED BY batch_connection WHERE connection IS NOT NULL", "outcome"):
+            assert await run(store, partial(count, table=table)) == 0
+        assert await run(store, lambda db: db.execute("PRAGMA integrity_check").get) == "ok"
+
+
+async def test_receipt_of_a_damaged_batch_is_found_by_the_id_that_its_caller_brought(path: Path) -> None:
+    async with opened(path) as store:
+        batch = structs.replace(a_batch(), apns_ids={0: ID_OF_ANOTHER})
+        await store.keep([(batch, outcomes(batch, [State.ACCEPTED]))])
+        await run(store, lambda db: db.execute("UPDATE batch SET body = x'01'").fetchall())
+        (receipt,) = await store.find_receipts([ID_OF_ANOTHER])
+        assert receipt is not None
+        assert (receipt.id, receipt.state, receipt.token) == (batch.id + "0001", State.ACCEPTED, None)
+
+
+async def test_damaged_caller_is_not_known_and_the_others_are(path: Path) -> None:
+    caller = KnownCaller(id="TEAM000001.KEY0000001", name="", app="shop", public_key=b"PEM", created_at=START)
+    async with opened(path) as store:
+        await store.save_caller(caller)
+        await run(store, lambda db: db.execute("INSERT INTO caller VALUES ('x', x'7b7d'), ('y', x'ff')").fetchall())
+        assert await store.find_callers() == [caller]
+        assert await store.delete_caller("y") is True
+
+
+async def test_keep_that_fails_leaves_nothing_behind_and_the_others_of_its_group_are_kept(path: Path) -> None:
+    async with opened(path) as store:
+        bad, good = structs.replace(a_batch(), app=None), a_batch(app="späti")
+        answers = await asyncio.gather(
+            store.keep([(bad, outcomes(bad, [State.BURIED]))], [removal(bad.tokens[0])]),
+            store.keep([(good, outcomes(good, [State.BURIED]))], [removal(good.tokens[0])]),
+            return_exceptions=True,
+        )
+        assert [type(answer) for answer in answers] == [StoreError, type(None)]
+        assert [receipt.id for receipt in await store.find_buried(None, None, 9)] == [good.id + "0001"]
+        assert set(await store.held_among("shop", PRODUCTION, [bad.tokens[0], good.tokens[0]])) == {good.tokens[0]}
+        assert len(await store.replay([good.id + "0001"])) == 1
+        assert ids(await store.take(9)) == [good.id]
 
 
 async def test_file_of_the_first_version_that_cannot_come_over_is_left_as_it_was(path: Path) -> None:

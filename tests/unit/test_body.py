@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from msgspec import structs
 
 from heliograph.errors import StoreError
-from heliograph.model import Batch, Environment, Headers, PushType
+from heliograph.model import Batch, Environment, Headers, Origin, PushType
 from heliograph.stores.body import Places, head_octets, pack, unpack
 
 ID = "01890a5d-ac96-774b-bcce-b302099a"
@@ -28,6 +28,14 @@ header_sets = st.builds(
     collapse_id=st.none() | texts,
     collapse_on_id=st.booleans(),
 )
+
+
+@st.composite
+def origins(draw: st.DrawFn, size: int) -> Origin | None:
+    if draw(st.booleans()):
+        return None
+    some = draw(st.lists(st.binary(min_size=4, max_size=4), max_size=min(size, 12)))
+    return Origin(draw(texts), b"".join((some * size)[:size]))
 
 
 @st.composite
@@ -55,6 +63,8 @@ def batches(draw: st.DrawFn) -> Batch:
         tokens=(tokens * size)[:size],
         payloads=draw(st.sampled_from([payloads[:1], (payloads * size)[:size]])),
         headers_of=draw(st.none() | st.just(bytes(range(len(headers))) * size).map(lambda all_of: all_of[:size])),
+        origin=draw(origins(size)),
+        apns_ids=draw(st.dictionaries(st.integers(0, size - 1), st.uuids().map(str), max_size=5)),
     )
 
 
@@ -90,6 +100,10 @@ def test_tokens_take_half_of_their_digits_and_a_shared_payload_is_stored_once() 
         structs.replace(plain(), headers=()),
         structs.replace(plain(), headers_of=b"\0"),
         structs.replace(plain(), headers_of=b"\0\1"),
+        structs.replace(plain(), origin=Origin("main-1", bytes(4))),
+        structs.replace(plain(), origin=Origin("main-1", bytes(9))),
+        structs.replace(plain(), apns_ids={2: ID + "0001"}),
+        structs.replace(plain(), apns_ids={-1: ID + "0001"}),
     ],
 )
 def test_batch_whose_columns_do_not_fit_is_refused(batch: Batch) -> None:
@@ -126,7 +140,54 @@ def test_body_of_form_1_is_read_as_ever() -> None:
     assert told(Places(body), 2) == [(Headers("com.example.shop"), "ab"), (Headers("com.example.shop"), "cde")]
 
 
+def test_body_from_before_connections_were_told_is_read_as_ever_and_what_has_none_is_still_packed_so() -> None:
+    body = (
+        b"\x02\x00\x00\x00{\x96\x92\x82\xa5topic\xb0com.example.shop\xa8priority\n\x83\xa5topic\xb5com.example.shop.voip"
+        b"\xa9push_type\xa4voip\xaaexpiration\x00\xc4\x02\x01\x00\x00\xc4\x08\x04\x00\x00\x00\x03\x00\x00\x00"
+        b"\xc4\x04\x00\xff\xab\xc0\xc4\x08\x02\x00\x00\x00\x03\x00\x00\x00{}[1]"
+    )
+    kinds = Headers("com.example.shop", priority=10), Headers("com.example.shop.voip", PushType.VOIP, expiration=0)
+    batch = structs.replace(
+        plain(), headers=kinds, headers_of=b"\1\0", tokens=[b"00ff", b"abc"], payloads=[b"{}", b"[1]"]
+    )
+    assert restored(batch, body) == batch
+    assert pack(batch) == body
+    places = Places(body)
+    assert told(places, 2) == [(kinds[1], "00ff"), (kinds[0], "abc")]
+    assert [marks(places, index) for index in range(2)] == [(None, None, None)] * 2
+
+
+def test_identifiers_that_were_cut_short_are_a_store_error() -> None:
+    body = pack(structs.replace(plain(), origin=Origin("main-1", b"\0\0\0\1\0\0\0\2")))
+    cut = body.replace(b"\xc4\x08\0\0\0\1\0\0\0\2", b"\xc4\x07\0\0\0\1\0\0\0")
+    cut = b"\x02" + (int.from_bytes(body[1:5], "big") - 1).to_bytes(4, "big") + cut[5:]
+    with pytest.raises(StoreError, match="identifiers"):
+        restored(plain(), cut)
+    assert [Places(cut).identifier(index) for index in range(3)] == [1, None, None]
+
+
 # What is read of a place, without the payloads
+
+
+def marks(places: Places, index: int) -> tuple[str | None, int | None, str | None]:
+    return places.connection, places.identifier(index), places.apns_id(index)
+
+
+@given(batches())
+@example(structs.replace(plain(1), origin=Origin("", b"\xff\xff\xff\xff")))
+def test_the_head_alone_tells_where_each_place_came_from(batch: Batch) -> None:
+    body = pack(batch)
+    places = Places(body[: head_octets(body[:5], len(body))])
+    origin = batch.origin
+    for index in range(len(batch)):
+        octets = origin.identifiers[4 * index : 4 * index + 4] if origin else b""
+        assert marks(places, index) == (
+            origin.connection if origin else None,
+            int.from_bytes(octets, "big") if octets else None,
+            batch.apns_ids.get(index),
+        )
+    assert places.apns_id(len(batch)) is None
+    assert places.identifier(len(batch)) is None
 
 
 def told(places: Places, size: int) -> list[tuple[Headers, str]]:

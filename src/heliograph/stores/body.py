@@ -2,7 +2,9 @@
 
 One octet says which form follows. Form 2 is a head and then all payloads in a row; a head is its length (4 octets,
 big-endian) and msgpack, an array in the order of `_Head`. So whoever wants to know of a place what is no payload reads
-the head alone, which is short (`Places`). In form 1, of older files, the payloads are the array's last member.
+the head alone, which is short (`Places`). A batch that came by a connection with a name, or with ids of its callers',
+has a head with a few members more (`_Marked`); all others are as they ever were. In form 1, of older files, the
+payloads are the array's last member.
 
 Device tokens are stored as the octets that their hex digits spell, and lengths only where they differ, so that a
 thousand notifications cost few calls.
@@ -18,7 +20,7 @@ from itertools import accumulate, pairwise
 import msgspec
 
 from heliograph.errors import StoreError
-from heliograph.model import MAX_BATCH, Batch, DeviceToken, Environment, Headers
+from heliograph.model import MAX_BATCH, Batch, DeviceToken, Environment, Headers, Origin
 
 _FORM_1, _FORM_2 = b"\x01", b"\x02"
 _HEAD_AT = 5
@@ -40,6 +42,14 @@ class _Head(msgspec.Struct, frozen=True, array_like=True):
     """Octets of each payload; empty: all share one."""
 
 
+class _Marked(_Head, frozen=True, array_like=True):
+    """With what few have; of those that lack it, the members are not there."""
+
+    connection: str | None = None
+    identifiers: bytes = b""
+    apns_ids: dict[int, str] = {}
+
+
 class _Whole(_Head, frozen=True, array_like=True):
     """Form 1."""
 
@@ -47,7 +57,7 @@ class _Whole(_Head, frozen=True, array_like=True):
 
 
 _encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(_Head).decode
+_decode = msgspec.msgpack.Decoder(_Marked).decode
 _decode_whole = msgspec.msgpack.Decoder(_Whole).decode
 
 
@@ -66,6 +76,10 @@ def pack(batch: Batch) -> bytes:
         raise ValueError("a batch has at least one set of headers")
     if batch.headers_of is not None and (len(batch.headers_of) != count or max(batch.headers_of) >= len(batch.headers)):
         raise ValueError("headers_of has the position of one of the batch's headers for each notification")
+    if batch.origin is not None and len(batch.origin.identifiers) not in {0, 4 * count}:
+        raise ValueError("identifiers have 4 octets for each notification, or there are none")
+    if batch.apns_ids and not 0 <= min(batch.apns_ids) <= max(batch.apns_ids) < count:
+        raise ValueError("apns_ids are of notifications of the batch")
 
     lengths = set(map(len, batch.tokens))
     digits = lengths.pop() if len(lengths) == 1 else 0
@@ -74,16 +88,20 @@ def pack(batch: Batch) -> bytes:
     tokens = b"".join(batch.tokens)
     if len(tokens) % 2:
         tokens += b"0"
-    head = _encode(
-        _Head(
-            headers=batch.headers,
-            headers_of=batch.headers_of,
-            digits=digits,
-            digits_of=b"" if digits else _lengths(batch.tokens),
-            tokens=binascii.unhexlify(tokens),
-            octets_of=b"" if len(batch.payloads) == 1 else _lengths(batch.payloads),
-        )
+    members = (
+        batch.headers,
+        batch.headers_of,
+        digits,
+        b"" if digits else _lengths(batch.tokens),
+        binascii.unhexlify(tokens),
+        b"" if len(batch.payloads) == 1 else _lengths(batch.payloads),
     )
+    if batch.origin is not None:
+        head = _encode(_Marked(*members, batch.origin.connection, batch.origin.identifiers, dict(batch.apns_ids)))
+    elif batch.apns_ids:
+        head = _encode(_Marked(*members, apns_ids=dict(batch.apns_ids)))
+    else:
+        head = _encode(_Head(*members))
     return b"".join((_FORM_2, len(head).to_bytes(_HEAD_AT - 1, "big"), head, *batch.payloads))
 
 
@@ -99,6 +117,13 @@ def unpack(id: str, app: str, environment: Environment, created_at: float, body:
         payloads = _cut(joined, packed.octets_of) if packed.octets_of else [joined]
         if len(payloads) not in {1, len(tokens)}:
             raise ValueError("it has neither one payload nor one each")
+        origin, apns_ids = None, {}
+        if isinstance(packed, _Marked):
+            if packed.connection is not None:
+                origin = Origin(packed.connection, packed.identifiers)
+            apns_ids = packed.apns_ids
+            if packed.identifiers and len(packed.identifiers) != 4 * len(tokens):
+                raise ValueError("it has not as many identifiers as device tokens")
     except (ValueError, struct.error, msgspec.DecodeError) as error:
         raise StoreError(f"The stored body of batch {id}0000 cannot be read: {error}") from error
     return Batch(
@@ -110,6 +135,8 @@ def unpack(id: str, app: str, environment: Environment, created_at: float, body:
         tokens=tokens,
         payloads=payloads,
         headers_of=packed.headers_of,
+        origin=origin,
+        apns_ids=apns_ids,
     )
 
 
@@ -123,7 +150,7 @@ def head_octets(start: bytes, size: int) -> int:
 class Places:
     """What a stored body says of the notifications of a batch, their payloads aside."""
 
-    __slots__ = ("_digits", "_ends", "_head")
+    __slots__ = ("_digits", "_ends", "_head", "_marked")
 
     def __init__(self, start: bytes) -> None:
         """`start`: as much of the body as `head_octets` says. Raises StoreError when it is not what `pack` made."""
@@ -136,6 +163,7 @@ class Places:
         except (ValueError, struct.error, msgspec.DecodeError) as error:
             raise StoreError(f"A stored body cannot be read: {error}") from error
         self._digits: str | None = None
+        self._marked = self._head if isinstance(self._head, _Marked) else None
 
     @property
     def kinds(self) -> tuple[Headers, ...]:
@@ -165,6 +193,20 @@ class Places:
         if len(token) != digits:
             raise IndexError("no such place")
         return DeviceToken(token)
+
+    @property
+    def connection(self) -> str | None:
+        """As in `model.Origin`."""
+        return self._marked.connection if self._marked else None
+
+    def identifier(self, index: int) -> int | None:
+        """What the client calls it, if anything."""
+        octets = self._marked.identifiers[4 * index : 4 * index + 4] if self._marked else b""
+        return int.from_bytes(octets, "big") if len(octets) == 4 else None
+
+    def apns_id(self, index: int) -> str | None:
+        """The id that its caller brought, as it was written."""
+        return self._marked.apns_ids.get(index) if self._marked else None
 
     def find(self, octets: bytes) -> list[int]:
         """The places whose device token's digits spell these octets, in order."""

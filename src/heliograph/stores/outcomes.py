@@ -56,8 +56,10 @@ def receipt(id: str, row: tuple[Any, ...], details: dict[int, Detail], places: P
             headers, token = places.headers(index), places.token(index)
         except IndexError:  # damaged
             headers, token = _NO_HEADERS, None
+        connection, identifier, apns_id = places.connection, places.identifier(index), places.apns_id(index)
     else:
         headers, token = _NO_HEADERS, None
+        connection, identifier, apns_id = None, None, None
     # By position, which takes half as long: there are a thousand in an answer.
     return Receipt(
         id,
@@ -79,6 +81,9 @@ def receipt(id: str, row: tuple[Any, ...], details: dict[int, Detail], places: P
         token,
         id if headers.collapse_on_id else headers.collapse_id,
         headers.expiration,
+        connection,
+        identifier,
+        apns_id,
     )
 
 

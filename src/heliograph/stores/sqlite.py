@@ -27,6 +27,7 @@ from typing import Any, Self, TypeVar, TypeVarTuple
 import apsw
 
 from heliograph import crash
+from heliograph.batches import notification_id
 from heliograph.errors import HeliographError, StoreError
 from heliograph.model import (
     ApiKey,
@@ -34,9 +35,11 @@ from heliograph.model import (
     Depth,
     Environment,
     Filter,
+    KnownCaller,
     Lane,
     Lease,
     LeaseEnd,
+    Listed,
     Once,
     Outcomes,
     Page,
@@ -45,16 +48,20 @@ from heliograph.model import (
     Removal,
 )
 from heliograph.stores import sqlite_listing, sqlite_reading, sqlite_records
-from heliograph.stores.body import pack, unpack
+from heliograph.stores.body import unpack
 from heliograph.stores.group_commit import Work, closed_error, store_error
 from heliograph.stores.held import MaybeHeld
 from heliograph.stores.outcomes import bury, decode_details, receipt
 from heliograph.stores.sqlite_file import Row, connect, locked, make_directory, prepare
-from heliograph.stores.sqlite_jobs import Jobs, Put, Taken
+from heliograph.stores.sqlite_jobs import Jobs, Kept, OwnIds, Put, Taken
 from heliograph.stores.sqlite_rows import (
     CANONICAL,
     api_key,
     api_key_row,
+    apns_id_key,
+    batch_row,
+    caller_of,
+    caller_row,
     details_of,
     id_of,
     key_of,
@@ -176,11 +183,8 @@ class SqliteStore:
     async def put(self, batches: Sequence[Batch], *, lease: bool = False, once: Once | None = None) -> Sequence[Lease]:
         if not batches:
             return ()
-        rows = [
-            (key_of(batch.id), batch.app, batch.environment.value, batch.created_at, len(batch), pack(batch))
-            for batch in batches
-        ]
-        putting = self._writer.run(self._jobs.put, (rows, lease, once), unwanted=self._unlease)
+        rows = list(map(batch_row, batches))
+        putting = self._writer.run(self._jobs.put, (rows, lease, once, _own_ids(batches)), unwanted=self._unlease)
         try:
             leased = await putting
         except asyncio.CancelledError:
@@ -217,16 +221,29 @@ class SqliteStore:
     ) -> Collection[str]:
         if not outcomes and not removals and not quarantines:
             return ()
-        now = self._now()
-        ahead = now - self._clock()
         known = [outcome_row(each) for each in outcomes]
-        dead = [(each.app, each.environment.value, octets_of(each.token), each.since, now) for each in removals]
-        held = [(each.app, each.environment.value, octets_of(each.token), each.until + ahead) for each in quarantines]
-        self._note_held([each.token.encode() for each in removals] + [each.token.encode() for each in quarantines])
+        dead, held = self._hold_back(removals, quarantines)
         recorded = await self._writer.run(sqlite_records.record, (known, dead, held))
         return {each.batch_id for each, row in zip(outcomes, known, strict=True) if row[0] in recorded}
 
+    async def keep(
+        self,
+        finished: Sequence[tuple[Batch, Outcomes]],
+        removals: Sequence[Removal] = (),
+        quarantines: Sequence[Quarantine] = (),
+    ) -> None:
+        if not finished and not removals and not quarantines:
+            return
+        batches = [batch for batch, _ in finished]
+        rows, known = list(map(batch_row, batches)), [outcome_row(each) for _, each in finished]
+        dead, held = self._hold_back(removals, quarantines)
+        await self._writer.run(self._jobs.keep, Kept(rows, known, _own_ids(batches), dead, held))
+
     async def find_receipts(self, ids: Sequence[str]) -> Sequence[Receipt | None]:
+        """By our ids, and where there is none such, by those that callers brought: of several the one stored last.
+
+        The receipt has our id then, and theirs as its `apns_id`. In whatever case an id is written, it is the same.
+        """
         receipts: list[Receipt | None] = [None] * len(ids)
         canonical = list(map(str.lower, ids))
         wanted: dict[str, list[int]] = {}
@@ -238,7 +255,38 @@ class SqliteStore:
                 details, places = details_of(row[7]), places_of(row[-1])
                 for position in wanted[id_of(row[0])]:
                     receipts[position] = receipt(canonical[position], row, details, places)
+            brought: dict[bytes, list[int]] = {}
+            for positions in wanted.values():
+                for position in positions:
+                    if receipts[position] is None:
+                        brought.setdefault(apns_id_key(canonical[position]), []).append(position)
+            if brought:
+                for octets, place, row in await self._read(sqlite_reading.own_rows, tuple(brought)):
+                    name = notification_id(id_of(row[0]), place)
+                    found = receipt(name, row, details_of(row[7]), places_of(row[-1]))
+                    for position in brought[octets]:
+                        receipts[position] = found
         return receipts
+
+    async def find_removals(
+        self, app: str, environment: Environment | None, after: int, limit: int
+    ) -> Sequence[Listed]:
+        """One connection writes, so numbers become visible in their order: none below one that was read comes later."""
+        environments = tuple(Environment) if environment is None else (environment,)
+        return await self._read(sqlite_reading.find_removals, app, environments, after, limit, self._now())
+
+    async def told_until(self, app: str, environment: Environment) -> int:
+        return await self._read(sqlite_reading.told_until, app, environment)
+
+    async def tell_until(self, app: str, environment: Environment, number: int) -> None:
+        await self._writer.run(sqlite_records.tell, (app, environment.value, number))
+
+    async def revive(self, app: str, environment: Environment, tokens: Collection[bytes], at: float) -> int:
+        """In whole seconds: one that died within the second of its registration lives."""
+        if not tokens:
+            return 0
+        octets = tuple(octets_of(token.decode()) for token in tokens)
+        return await self._writer.run(sqlite_records.revive, (app, environment.value, octets, int(at), self._now()))
 
     async def held_among(self, app: str, environment: Environment, tokens: Collection[bytes]) -> dict[bytes, str]:
         if self._held is not None:
@@ -278,7 +326,7 @@ class SqliteStore:
         return await self._read(sqlite_reading.find_once, key, self._now())
 
     async def purge(self, before: float) -> int:
-        """Delete finished batches made before `before` (UNIX seconds), and with them their receipts.
+        """Delete finished batches made before `before` (UNIX seconds), and with them their receipts and callers' ids.
 
         Returns how many batches. Unfinished ones stay, whatever their age. Then removals that are older than
         `sqlite_records.REMOVAL_LAPSES_S` and quarantines that ended.
@@ -327,6 +375,17 @@ class SqliteStore:
     async def delete_app(self, name: str) -> bool:
         return await self._writer.run(sqlite_records.delete_apps, name)
 
+    async def save_caller(self, caller: KnownCaller) -> None:
+        await self._writer.run(sqlite_records.save_callers, caller_row(caller))
+
+    async def find_callers(self) -> Sequence[KnownCaller]:
+        records = await self._read(sqlite_reading.caller_records)
+        callers = [caller for caller in map(caller_of, records) if caller is not None]
+        return sorted(callers, key=lambda caller: (caller.created_at, caller.id))
+
+    async def delete_caller(self, id: str) -> bool:
+        return await self._writer.run(sqlite_records.delete_callers, id)
+
     async def save_key(self, key: ApiKey) -> None:
         await self._writer.run(sqlite_records.save_keys, api_key_row(key))
 
@@ -373,6 +432,17 @@ class SqliteStore:
         if self._writer.closed:
             raise closed_error(self._path)
         return await asyncio.get_running_loop().run_in_executor(thread, find_there)
+
+    def _hold_back(self, removals: Sequence[Removal], quarantines: Sequence[Quarantine]) -> tuple[list[Row], list[Row]]:
+        """Both as `sqlite_records.hold_back` wants them, and known here from now on."""
+        if not removals and not quarantines:
+            return [], []
+        now = self._now()
+        ahead = now - self._clock()
+        dead = [(each.app, each.environment.value, octets_of(each.token), each.since, now) for each in removals]
+        held = [(each.app, each.environment.value, octets_of(each.token), each.until + ahead) for each in quarantines]
+        self._note_held([each.token.encode() for each in removals] + [each.token.encode() for each in quarantines])
+        return dead, held
 
     def _note_held(self, tokens: Sequence[bytes]) -> None:
         if self._held is None:
@@ -445,6 +515,15 @@ class SqliteStore:
         self._lookers.shutdown()
         self._writer.join()
         self._opened.close()
+
+
+def _own_ids(batches: Sequence[Batch]) -> OwnIds:
+    """Raises ValueError where one is no UUID."""
+    return {
+        key_of(batch.id): [(place, apns_id_key(text)) for place, text in batch.apns_ids.items()]
+        for batch in batches
+        if batch.apns_ids
+    }
 
 
 def _reject(asked: asyncio.Future[T], unwanted: Callable[[T], None]) -> None:

@@ -2,7 +2,8 @@
 
 A batch that is not finished has a row in the table `job`. What adds a job that nobody has leased, ends a lease or
 changes when a job is due tells `Jobs._stir` its line and time; what changes how many notifications wait counts that in
-`Writer.counted`. What changes no job is in `sqlite_records`.
+`Writer.counted`. What changes no job is in `sqlite_records`, but for `Jobs.keep`: it adds batches that may be replayed,
+and so have a lane.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +34,8 @@ RETRY_AFTER_S = 5.0
 """What Overloaded tells callers to wait: long enough for several hundred thousand to leave."""
 
 _PUT = """
-INSERT INTO batch (id, app, environment, created_at, size, body) VALUES {rows} ON CONFLICT (id) DO NOTHING"""
+INSERT INTO batch (id, app, environment, created_at, size, body, connection) VALUES {rows}
+ON CONFLICT (id) DO NOTHING"""
 
 _PUT_JOBS = f"""
 INSERT INTO job (row, line, size, due_at, attempt, leased_until)
@@ -118,6 +120,23 @@ Put = Overloaded | Repeated | Collection[bytes]
 """The keys of batches that are leased as they are put; or why nothing was put."""
 
 
+OwnIds = Mapping[bytes, Sequence[tuple[int, bytes]]]
+"""Ids that callers brought: by their batches' keys, places in those and octets."""
+
+
+class Kept(NamedTuple):
+    """What is kept of batches that never wait."""
+
+    rows: list[Row]
+    """Of `batch_row`."""
+    known: list[Row]
+    """Of `outcome_row`, one for each of them."""
+    own_ids: OwnIds
+    dead: list[Row]
+    """As `sqlite_records.hold_back` wants it, like the next."""
+    held: list[Row]
+
+
 class Taken(NamedTuple):
     """What a take found: rows of `_LEASED`, leased now; or none."""
 
@@ -164,17 +183,18 @@ class Jobs:
         """How many of `lent`, from the left, the transaction under way has dealt with."""
         self.writer = Writer(db, path, waiting, wake=self._wake, forget=self._forget)
 
-    def put(self, db: apsw.Connection, calls: Sequence[tuple[list[Row], bool, Once | None]]) -> list[Put]:
+    def put(self, db: apsw.Connection, calls: Sequence[tuple[list[Row], bool, Once | None, OwnIds]]) -> list[Put]:
         """The keys of the batches that are leased to the caller, for each call; or why none was put."""
         answers: list[Put] = []
         to_wait: list[Row] = []
         to_lease: list[Row] = []
         now = self._now()
         new_once: dict[bytes, Once] = {}
-        once_keys = [once.key for _, _, once in calls if once is not None]
+        once_keys = [once.key for _, _, once, _ in calls if once is not None]
         known_once = sqlite_records.known_once(db, once_keys, now) if once_keys else ()
         waiting = self.writer.counted
-        for rows, lease, once in calls:
+        brought: dict[bytes, Sequence[tuple[int, bytes]]] = {}
+        for rows, lease, once, own_ids in calls:
             if once is not None and (once.key in known_once or once.key in new_once):
                 answers.append(Repeated("This was taken before."))
                 continue
@@ -187,12 +207,10 @@ class Jobs:
                 new_once[once.key] = once
             waiting += count
             (to_lease if lease else to_wait).extend(rows)
+            brought.update(own_ids)
             answers.append({row[0] for row in rows} if lease else ())
         turns = self._read_turns(db)
-        for lane in {(row[1], row[2]) for row in chain(to_wait, to_lease)} - self._lanes.keys():
-            self._lanes[lane] = db.execute(
-                "INSERT INTO lane (app, environment) VALUES (?, ?) RETURNING number", lane
-            ).get
+        self._know_lanes(db, chain(to_wait, to_lease))
         sqlite_records.keep_once(db, tuple(new_once.values()), now)
         added = self._add(db, to_wait, (now, 0, None))
         self._stir(turns, {line: now for _, line, _, _ in added}.items())
@@ -200,18 +218,58 @@ class Jobs:
         lent = self._add(db, to_lease, (now, 1, ends_at))
         if lent:
             self._lent.append((ends_at, array("q", [row for row, _, _, _ in lent])))
+        if brought:
+            new_rows = {key: row for row, _, _, key in chain(added, lent)}
+            _keep_apns_ids(db, new_rows, brought)
         if len(lent) < len(to_lease):  # some were known before
             new = {key for _, _, _, key in lent}
             answers = [each if isinstance(each, HeliographError) else new.intersection(each) for each in answers]
         self.writer.counted += sum(size for _, _, size, _ in chain(added, lent))
         return answers
 
+    def keep(self, db: apsw.Connection, calls: Sequence[Kept]) -> list[None]:
+        """Batches that nobody is to work on, with what became of them."""
+        rows = [row for call in calls for row in call.rows]
+        if rows:
+            self._read_turns(db)
+            self._know_lanes(db, rows)
+            last = self._insert(db, rows)
+            found: list[Any] = db.execute("SELECT id, row FROM batch WHERE row > ?", (last,)).fetchall()
+            new: dict[bytes, int] = dict(found)
+            _keep_apns_ids(db, new, {key: ids for call in calls for key, ids in call.own_ids.items()})
+            known: list[Row] = []
+            for call in calls:
+                for (key, app, *_), (_, attempt, states, times_ms, details, buried) in zip(
+                    call.rows, call.known, strict=True
+                ):
+                    row = new.pop(key, None)
+                    if row is not None:
+                        whose = (key, app) if buried else (None, None)
+                        known.append((row, attempt, states, times_ms, details, *whose))
+            sqlite_records.keep_outcomes(db, known)
+        sqlite_records.hold_back(
+            db, [row for call in calls for row in call.dead], [row for call in calls for row in call.held]
+        )
+        return [None] * len(calls)
+
+    def _know_lanes(self, db: apsw.Connection, rows: Iterable[Row]) -> None:
+        """Give those of these batches a number that have none."""
+        for lane in {(row[1], row[2]) for row in rows} - self._lanes.keys():
+            self._lanes[lane] = db.execute(
+                "INSERT INTO lane (app, environment) VALUES (?, ?) RETURNING number", lane
+            ).get
+
+    def _insert(self, db: apsw.Connection, rows: Sequence[Row]) -> int:
+        """Add batches that are not known yet; the row after which they are."""
+        last: int = db.execute("SELECT coalesce(max(row), 0) FROM batch").get
+        write_rows(db, _PUT, rows)
+        return last
+
     def _add(self, db: apsw.Connection, rows: Sequence[Row], job: Row) -> list[Row]:
         """New batches and their jobs, which have due_at, attempt and leased_until in common: row, line, size, key."""
         if not rows:
             return []
-        last = db.execute("SELECT coalesce(max(row), 0) FROM batch").get
-        write_rows(db, _PUT, rows)
+        last = self._insert(db, rows)
         db.execute(_PUT_JOBS, (*job, last))
         new: list[Row] = db.execute(_NEW, (last,)).fetchall()
         return new
@@ -358,6 +416,12 @@ class Jobs:
         if self._stirred:
             stirred, self._stirred = self._stirred, set()
             self._takers.wake(stirred)
+
+
+def _keep_apns_ids(db: apsw.Connection, new: Mapping[bytes, int], own_ids: OwnIds) -> None:
+    """Of these, those of new batches, by key and row."""
+    those = [(new[key], place, octets) for key, ids in own_ids.items() if key in new for place, octets in ids]
+    sqlite_records.keep_apns_ids(db, those)
 
 
 def _by_batch(ids: Sequence[str]) -> dict[bytes, dict[int, str]]:

@@ -1,8 +1,8 @@
 """Looking through all that the SQLite store's file knows, newest first, a bounded piece at a time.
 
-There is no index for this: it would cost every put, and people look rarely. SQLite tries on each batch's row what can
-be tried there, for many rows in one call. What passes may still hold no place that fits, or one that is told only by
-its batch's body: that is looked at here.
+There is no index for this but for the connection that brought something: it would cost every put, and people look
+rarely. SQLite tries on each batch's row what can be tried there, for many rows in one call. What passes may still hold
+no place that fits, or one that is told only by its batch's body: that is looked at here.
 
 Ids begin with the milliseconds of their taking, so they are the order, and the bounds of a time.
 """
@@ -30,9 +30,8 @@ LOOK_S = 0.1
 _CHUNK = 1024
 """Batches that one query looks at."""
 
-_CUT = "SELECT id FROM batch WHERE id >= ? AND id < ? ORDER BY id DESC LIMIT 1 OFFSET ?"
-
-_FROM = f"SELECT {COLUMNS} FROM batch LEFT JOIN outcome USING (row) WHERE "  # noqa: S608 - columns of ours
+_ALL = "batch", "id >= ? AND id < ?"
+_OF_CONNECTION = "batch INDEXED BY batch_connection", "connection = ? AND id >= ? AND id < ?"
 
 # Of a long body only the beginning is read, and not by SQLite.
 _IN_BODY = f"(length(body) > {SHORT} OR instr(body, ?))"
@@ -45,13 +44,17 @@ def find_notifications(db: apsw.Connection, wanted: Filter, before: str, limit: 
     ends_at = time.monotonic() + LOOK_S
     low, high = _bounds(wanted, before)
     conditions, arguments = _conditions(wanted)
-    sql = f"{_FROM} {' AND '.join(('id >= ?', 'id < ?', *conditions))} ORDER BY id DESC"
+    which = () if wanted.connection is None else (wanted.connection,)
+    batches, bounds = _OF_CONNECTION if which else _ALL
+    every = " AND ".join((bounds, *conditions))
+    rows_sql = f"SELECT {COLUMNS} FROM {batches} LEFT JOIN outcome USING (row) WHERE {every} ORDER BY id DESC"  # noqa: S608 - words of ours
+    cut_sql = f"SELECT id FROM {batches} WHERE {bounds} ORDER BY id DESC LIMIT 1 OFFSET ?"  # noqa: S608 - likewise
     fitting = _Fitting(wanted)
     found: list[Receipt] = []
     with contextlib.closing(Bodies(db)) as bodies:
         while True:
-            cut: bytes | None = db.execute(_CUT, (low, high, _CHUNK - 1)).get
-            with contextlib.closing(db.execute(sql, (cut or low, high, *arguments))) as rows:
+            cut: bytes | None = db.execute(cut_sql, (*which, low, high, _CHUNK - 1)).get
+            with contextlib.closing(db.execute(rows_sql, (*which, cut or low, high, *arguments))) as rows:
                 for row in map(bodies.whole, rows):
                     details, places = details_of(row[7]), places_of(row[-1])
                     name = id_of(row[0])
@@ -61,7 +64,7 @@ def find_notifications(db: apsw.Connection, wanted: Filter, before: str, limit: 
                             continue
                         found.append(known)
                         if len(found) == limit:
-                            more = index > 0 or db.execute(_CUT, (low, row[0], 0)).get is not None
+                            more = index > 0 or db.execute(cut_sql, (*which, low, row[0], 0)).get is not None
                             return Page(found, each if more else None)
                     if time.monotonic() >= ends_at:
                         return Page(found, notification_id(name, 0))

@@ -10,16 +10,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Collection
 from heapq import merge
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 
 import apsw
 
 from heliograph.batches import notification_id
-from heliograph.model import Environment, Once, Receipt, State
+from heliograph.model import DeviceToken, Environment, Listed, Once, Receipt, Removal, State
 from heliograph.stores.body import HEAD_GUESS, head_octets
 from heliograph.stores.outcomes import receipt
 from heliograph.stores.sqlite_file import Row
-from heliograph.stores.sqlite_records import ONCE_LAPSES_S
+from heliograph.stores.sqlite_records import ONCE_LAPSES_S, REMOVAL_LAPSES_S
 from heliograph.stores.sqlite_rows import CANONICAL, details_of, id_of, key_of, places_of
 
 # As `octets_of` does: what is no hex is kept as it is.
@@ -55,6 +55,17 @@ _RECEIPTS = f"""
 SELECT {COLUMNS}
 FROM carray(?) AS wanted CROSS JOIN batch ON batch.id = wanted.value LEFT JOIN outcome USING (row)"""  # noqa: S608 - columns of ours
 
+# Of several the one that was stored last.
+_OWN = """
+SELECT value, place, batch.id
+FROM carray(?) AS wanted CROSS JOIN apns_id AS own ON (row, place) = (
+    SELECT row, place FROM apns_id INDEXED BY apns_id_id WHERE id = wanted.value ORDER BY row DESC, place DESC LIMIT 1)
+CROSS JOIN batch USING (row)"""
+
+_REMOVALS = """
+SELECT number, token, since FROM removal INDEXED BY removal_number
+WHERE app = ? AND environment = ? AND number > ? AND recorded_at > ? ORDER BY number LIMIT ?"""
+
 _BURIED = f"""
 SELECT {COLUMNS} FROM outcome INDEXED BY outcome_buried
 CROSS JOIN batch USING (row) WHERE buried_id IS NOT NULL AND buried_id <= ? ORDER BY buried_id DESC"""  # noqa: S608 - columns of ours
@@ -83,6 +94,13 @@ def receipt_rows(db: apsw.Connection, keys: tuple[bytes, ...]) -> list[Row]:
         with contextlib.closing(Bodies(db)) as bodies:
             return [bodies.whole(row) for row in rows]
     return rows
+
+
+def own_rows(db: apsw.Connection, wanted: tuple[bytes, ...]) -> list[tuple[bytes, int, Row]]:
+    """For each of these ids that a caller brought, as octets: the place, and the row of `receipt_rows`."""
+    found: list[Row] = db.execute(_OWN, (apsw.carray(wanted),)).fetchall()
+    rows = {row[0]: row for row in receipt_rows(db, tuple({key for _, _, key in found}))} if found else {}
+    return [(octets, place, rows[key]) for octets, place, key in found if key in rows]
 
 
 class Bodies:
@@ -165,6 +183,26 @@ def held_page(db: apsw.Connection, sql: str, place: Row) -> list[Row]:
     return rows
 
 
+def find_removals(
+    db: apsw.Connection, app: str, environments: Collection[Environment], after: int, limit: int, now: float
+) -> list[Listed]:
+    """Up to `limit` with numbers above `after`, in their order, that have not lapsed at `now` (the store's clock)."""
+    since = now - REMOVAL_LAPSES_S
+    found = []
+    with db:  # one moment for all: a reader who saw a higher number never looks for a lower one again
+        for environment in environments:
+            rows: list[Row] = db.execute(_REMOVALS, (app, environment.value, after, since, max(0, limit))).fetchall()
+            for number, octets, dead_since in rows:
+                found.append(Listed(number, Removal(app, environment, DeviceToken(octets.hex()), dead_since)))
+    found.sort(key=attrgetter("number"))
+    return found[: max(0, limit)]
+
+
+def told_until(db: apsw.Connection, app: str, environment: Environment) -> int:
+    sql = "SELECT number FROM told WHERE app = ? AND environment = ?"
+    return int(db.execute(sql, (app, environment.value)).get or 0)
+
+
 def find_once(db: apsw.Connection, key: bytes, now: float) -> Once | None:
     """What is kept under this key at `now`, by the store's own clock."""
     sql = "SELECT key, request, answer FROM once WHERE key = ? AND kept_at > ?"
@@ -181,6 +219,11 @@ def api_key_rows(db: apsw.Connection) -> list[Row]:
     """As `sqlite_rows.api_key` wants them, oldest first."""
     rows: list[Row] = db.execute("SELECT * FROM api_key ORDER BY created_at, id").fetchall()
     return rows
+
+
+def caller_records(db: apsw.Connection) -> list[bytes]:
+    """As `sqlite_rows.caller_of` wants them."""
+    return [record for (record,) in db.execute("SELECT record FROM caller")]
 
 
 def depth_rows(db: apsw.Connection, place: int) -> tuple[list[Row], int | None]:

@@ -1,8 +1,8 @@
 """What is written to the SQLite store's file and changes nothing that waits or is leased (for that see `sqlite_jobs`).
 
-Outcomes, device tokens that are held back, apps, API keys, and the removal of what is old. Nothing is kept in memory
-here. Each function is a `group_commit.Work`, done for all calls of a group at once, but for those which are part of
-such: `record_outcomes`, `known_once` and `keep_once`.
+Outcomes, device tokens that are held back, apps, API keys and other callers, and the removal of what is old. Nothing is
+kept in memory here. Each function is a `group_commit.Work`, done for all calls of a group at once, but for those which
+are part of such: `record_outcomes`, `keep_outcomes`, `keep_apns_ids`, `hold_back`, `known_once` and `keep_once`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from array import array
 from collections.abc import Collection, Sequence
+from operator import itemgetter
 
 import apsw
 
@@ -36,14 +37,33 @@ ON CONFLICT (row) DO UPDATE SET attempt = excluded.attempt, states = excluded.st
     details = excluded.details, buried_id = excluded.buried_id, buried_app = excluded.buried_app
 RETURNING (SELECT id FROM batch WHERE batch.row = outcome.row)"""
 
+_KEEP_OUTCOMES = """
+INSERT INTO outcome (row, attempt, states, times_ms, details, buried_id, buried_app) VALUES {rows}"""
+
+_KEEP_APNS_IDS = "INSERT INTO apns_id (row, place, id) VALUES {rows}"
+
+# What died again gets a new number.
+_OUTDATED = """
+DELETE FROM removal WHERE number IN (
+    SELECT number FROM (VALUES {rows})
+    CROSS JOIN removal ON app = column1 AND environment = column2 AND token = column3 WHERE since < column4)"""
+
 _REMOVE = """
 INSERT INTO removal (app, environment, token, since, recorded_at) VALUES {rows}
-ON CONFLICT (app, environment, token) DO UPDATE SET since = excluded.since, recorded_at = excluded.recorded_at
-WHERE excluded.since > removal.since"""
+ON CONFLICT (app, environment, token) DO NOTHING"""
 
 _QUARANTINE = """
 INSERT INTO quarantine (app, environment, token, until) VALUES {rows}
 ON CONFLICT (app, environment, token) DO UPDATE SET until = excluded.until WHERE excluded.until > quarantine.until"""
+
+_TELL = """
+INSERT INTO told (app, environment, number) VALUES (?, ?, ?)
+ON CONFLICT (app, environment) DO UPDATE SET number = excluded.number WHERE excluded.number > told.number"""
+
+_REVIVE = """
+DELETE FROM removal WHERE app = ? AND environment = ? AND token IN carray(?) AND since <= ? RETURNING token"""
+
+_RELEASE = "DELETE FROM quarantine WHERE app = ? AND environment = ? AND token IN carray(?) RETURNING token, until"
 
 # A UUIDv7 begins with its milliseconds (RFC 9562, section 5.7): ids are in the order of time.
 _OLD = """
@@ -57,8 +77,8 @@ SET request = excluded.request, answer = excluded.answer, kept_at = excluded.kep
 
 _LAPSED = (
     """
-DELETE FROM removal WHERE (app, environment, token) IN (
-    SELECT app, environment, token FROM removal INDEXED BY removal_recorded WHERE recorded_at <= ? LIMIT 64)""",
+DELETE FROM removal WHERE number IN (
+    SELECT number FROM removal INDEXED BY removal_recorded WHERE recorded_at <= ? LIMIT 64)""",
     """
 DELETE FROM quarantine WHERE (app, environment, token) IN (
     SELECT app, environment, token FROM quarantine INDEXED BY quarantine_until WHERE until <= ? LIMIT 64)""",
@@ -78,9 +98,51 @@ def record(db: apsw.Connection, calls: Sequence[tuple[list[Row], list[Row], list
     recorded: list[Collection[bytes]] = []
     for known, _, _ in calls:
         recorded.append({key for (key,) in record_outcomes(db, known)})
-    write_rows(db, _REMOVE, [row for _, dead, _ in calls for row in dead])
-    write_rows(db, _QUARANTINE, [row for _, _, held in calls for row in held])
+    hold_back(db, [row for _, dead, _ in calls for row in dead], [row for _, _, held in calls for row in held])
     return recorded
+
+
+def keep_outcomes(db: apsw.Connection, known: Sequence[Row]) -> None:
+    """Of batches that have none: the batch's row, and what `outcome` has in its other columns."""
+    write_rows(db, _KEEP_OUTCOMES, known)
+
+
+def keep_apns_ids(db: apsw.Connection, those: Sequence[Row]) -> None:
+    """Of batches that have none: the batch's row, the place in it, the id's octets."""
+    write_rows(db, _KEEP_APNS_IDS, those)
+
+
+def hold_back(db: apsw.Connection, dead: Sequence[Row], held: Sequence[Row]) -> None:
+    """Removals of app, environment, token, since and recorded_at; quarantines of app, environment, token and until."""
+    if dead:
+        newest = {row[:3]: row for row in sorted(dead, key=_SINCE)}
+        rows = list(newest.values())
+        write_rows(db, _OUTDATED, rows)
+        write_rows(db, _REMOVE, rows)
+    write_rows(db, _QUARANTINE, held)
+
+
+_SINCE = itemgetter(3)
+
+
+def tell(db: apsw.Connection, calls: Sequence[Row]) -> list[None]:
+    """Of app, environment, and the number up to which its removals were told."""
+    db.executemany(_TELL, calls)
+    return [None] * len(calls)
+
+
+def revive(db: apsw.Connection, calls: Sequence[tuple[str, str, tuple[bytes, ...], int, float]]) -> list[int]:
+    """How many of an app's and environment's tokens are held back no more, as they were registered at a time.
+
+    A call's last is the present time, by the store's own clock: a quarantine that is over holds nothing back.
+    """
+    answers = []
+    for app, environment, tokens, at, now in calls:
+        wanted = (app, environment, apsw.carray(tokens))
+        free = {token for (token,) in db.execute(_REVIVE, (*wanted, at))}
+        free.update(token for token, until in db.execute(_RELEASE, wanted) if until > now)
+        answers.append(len(free))
+    return answers
 
 
 def known_once(db: apsw.Connection, keys: Sequence[bytes], now: float) -> set[bytes]:
@@ -121,6 +183,20 @@ def delete_keys(db: apsw.Connection, calls: Sequence[str]) -> list[bool]:
     return answers
 
 
+def save_callers(db: apsw.Connection, calls: Sequence[Row]) -> list[None]:
+    """Rows of `caller_row`."""
+    db.executemany("REPLACE INTO caller (id, record) VALUES (?, ?)", calls)
+    return [None] * len(calls)
+
+
+def delete_callers(db: apsw.Connection, calls: Sequence[str]) -> list[bool]:
+    answers = []
+    for caller_id in calls:
+        db.execute("DELETE FROM caller WHERE id = ?", (caller_id,))
+        answers.append(db.changes() > 0)
+    return answers
+
+
 def purge(db: apsw.Connection, calls: Sequence[tuple[bytes, bytes]]) -> list[tuple[int, bytes | None]]:
     """Delete finished batches between two ids, for one step: how many, and where the next one begins, if any."""
     answers: list[tuple[int, bytes | None]] = []
@@ -136,6 +212,7 @@ def purge(db: apsw.Connection, calls: Sequence[tuple[bytes, bytes]]) -> list[tup
             rows = array("q", [row for _, row, waits in old if not waits])
             if rows:
                 db.execute("DELETE FROM outcome WHERE row IN carray(?)", (apsw.carray(rows),))
+                db.execute("DELETE FROM apns_id WHERE row IN carray(?)", (apsw.carray(rows),))
                 db.execute("DELETE FROM batch WHERE row IN carray(?)", (apsw.carray(rows),))
                 count += len(rows)
         answers.append((count, place))

@@ -11,8 +11,8 @@ import apsw
 import msgspec
 
 from heliograph.errors import StoreError
-from heliograph.model import ApiKey, Detail, Outcomes, Scope, State
-from heliograph.stores.body import Places
+from heliograph.model import ApiKey, Batch, Detail, KnownCaller, Outcomes, Scope, State
+from heliograph.stores.body import Places, pack
 from heliograph.stores.outcomes import decode_details, encode_details
 from heliograph.stores.sqlite_file import Row
 
@@ -26,6 +26,7 @@ for a switch interval: a thousand calls for a thousand rows took seconds. One fo
 _encode = msgspec.json.encode
 _decode_scopes = msgspec.json.Decoder(tuple[Scope, ...]).decode
 _decode_apps = msgspec.json.Decoder(tuple[str, ...]).decode
+_decode_caller = msgspec.json.Decoder(KnownCaller).decode
 
 
 def key_of(id: str) -> bytes:
@@ -40,6 +41,27 @@ def id_of(key: bytes) -> str:
     """The batch's id again."""
     digits = key.hex()
     return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:28]}"
+
+
+def batch_row(batch: Batch) -> Row:
+    """As the table has it, but for its number: the batch's key first. Raises ValueError as `body.pack`."""
+    connection = None if batch.origin is None else batch.origin.connection
+    return (
+        key_of(batch.id),
+        batch.app,
+        batch.environment.value,
+        batch.created_at,
+        len(batch),
+        pack(batch),
+        connection,
+    )
+
+
+def apns_id_key(text: str) -> bytes:
+    """The 16 octets of an id that a caller brought, in whatever case. Raises ValueError if it is no canonical UUID."""
+    if not CANONICAL.fullmatch(text.lower()):
+        raise ValueError("an id that a caller brings is a canonical UUID")
+    return bytes.fromhex(text.replace("-", ""))
 
 
 def outcome_row(known: Outcomes) -> Row:
@@ -86,6 +108,19 @@ def api_key(row: Row) -> ApiKey | None:
     try:
         only = None if apps is None else _decode_apps(apps)
         return ApiKey(key_id, name, digest, _decode_scopes(scopes), only, created_at, expires_at)
+    except msgspec.DecodeError:
+        return None
+
+
+def caller_row(caller: KnownCaller) -> Row:
+    """As the table has it."""
+    return caller.id, _encode(caller)
+
+
+def caller_of(record: bytes) -> KnownCaller | None:
+    """None where it is damaged: such a caller is not known, and the others must not suffer."""
+    try:
+        return _decode_caller(record)
     except msgspec.DecodeError:
         return None
 
