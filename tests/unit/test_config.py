@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,11 +12,14 @@ from pathlib import Path
 import pytest
 
 from heliograph.config import (
+    AppleProxySettings,
     AppSettings,
     Config,
     CredentialSettings,
     Environments,
+    LegacySettings,
     Setting,
+    TlsVersion,
     explain,
     files,
     load,
@@ -197,6 +201,28 @@ def test_variables_reach_every_setting(file: Path) -> None:
     key = "AuthKey.p8"
     key_id = "c"
     team_id = "d"
+    [legacy.key]
+    host = "::1"
+    port = 5
+    feedback_port = 6
+    environment = "development"
+    app = "shop"
+    certificate = "chain.pem"
+    certificate_key = "credential:key"
+    minimum_tls = "1.0"
+    max_payload = 256
+    max_item_payload = 2048
+    refuse_removed = false
+    max_connections = 7
+    [apple_proxy.key]
+    host = "localhost"
+    port = 8
+    environment = "production"
+    tls = true
+    certificate = "chain.pem"
+    certificate_key = "file:chain.key"
+    durable = ["shop", "till"]
+    max_connections = 9
     """
     file.write_text(text)
     config = load(file, {})
@@ -264,7 +290,7 @@ def test_underscores_in_a_variable_find_the_app_of_the_file_that_has_hyphens_and
         ("APPS__SHOP__CREDENTIALS__1__KEYID=a", "did you mean HELIOGRAPH_APPS__SHOP__CREDENTIALS__1__KEY_ID?"),
         ("APPS__SHOP__TEAMID=a", "did you mean HELIOGRAPH_APPS__SHOP__TEAM_ID?"),
         ("APPS__SHOP__BUNDLE_ID=a", "did you mean HELIOGRAPH_APPS__SHOP__TOPIC?"),
-        ("APPS__TOPIC=a", "HELIOGRAPH_APPS__TOPIC is a table: spell its settings"),
+        ("APPS__TOPIC=a", "HELIOGRAPH_APPS__TOPIC is a table: spell its settings, as HELIOGRAPH_APPS__SHOP__TOPIC"),
         ("APPS__SHOP__FOO=a", "known are HELIOGRAPH_APPS__SHOP__KEY, "),
         ("APP__SHOP__KEY=a", "did you mean HELIOGRAPH_APPS__SHOP__KEY?"),
         ("APPS__SHOP__PORT=443", "HELIOGRAPH_APPS__SHOP has no credentials: add key"),
@@ -278,13 +304,37 @@ def test_underscores_in_a_variable_find_the_app_of_the_file_that_has_hyphens_and
         ("API_PORT=9000", "did you mean HELIOGRAPH_API__PORT?"),
         ("LOGLEVEL=info", "did you mean HELIOGRAPH_LOG_LEVEL?"),
         ("WHATEVER=1", "known are HELIOGRAPH_DATA, HELIOGRAPH_API__HOST, "),
+        ("WHATEVER=1", "HELIOGRAPH_APPLE_PROXY__NAME__..., HELIOGRAPH_APPS__NAME__..., HELIOGRAPH_LEGACY__NAME__..., "),
+        ("LEGACY=1", "HELIOGRAPH_LEGACY is a table: spell its settings, as HELIOGRAPH_LEGACY__MAIN__PORT does"),
+        ("LEGACY__MAIN=1", "HELIOGRAPH_LEGACY__MAIN is a table: spell its settings, as HELIOGRAPH_LEGACY__MAIN__PORT"),
+        (
+            "LEGACY__APP=a",
+            "HELIOGRAPH_LEGACY__APP is a table: spell its settings, as HELIOGRAPH_LEGACY__MAIN__APP does",
+        ),
+        ("LEGACY__MAIN__PROT=1", "did you mean HELIOGRAPH_LEGACY__MAIN__PORT?"),
+        (
+            "LEGACY__MAIN__TOPIC=a",
+            "HELIOGRAPH_LEGACY__MAIN__TOPIC is not a setting: known are HELIOGRAPH_LEGACY__MAIN__",
+        ),
+        ("LEGACY__MAIN__CERT=a", "did you mean HELIOGRAPH_LEGACY__MAIN__CERTIFICATE?"),
+        (
+            "LEGACY__MAIN__NAMES=a",
+            "HELIOGRAPH_LEGACY__MAIN__NAMES: names stand in the file alone, below [legacy.main.n",
+        ),
+        ("LEGACY__MAIN__NAMES__X=a", "HELIOGRAPH_LEGACY__MAIN__NAMES__X: names stand in the file alone, below [legacy"),
+        ("LEGACY__MAIN__MINIMUM_TLS=1.4", "MINIMUM_TLS does not fit: write one of 1.0, 1.1, 1.2, 1.3"),
+        ("LEGACY_MAIN_PORT=1", "did you mean HELIOGRAPH_LEGACY__NAME__PORT?"),
+        ("LEGACY__A_B__NAME=a b", "HELIOGRAPH_LEGACY__A_B is no name for a listener: use letters"),
+        ("APPLE_PROXY__MAIN__TLS=maybe", "HELIOGRAPH_APPLE_PROXY__MAIN__TLS does not fit: expected true or false"),
+        ("PROXY__MAIN__PORT=1", "did you mean HELIOGRAPH_APPLE_PROXY__MAIN__PORT?"),
+        ("GATEWAY__MAIN__PORT=1", "did you mean HELIOGRAPH_LEGACY__MAIN__PORT?"),
     ],
 )
 def test_a_variable_that_does_not_fit_is_told_with_its_name(variable: str, words: str) -> None:
     name, _, value = variable.partition("=")
     said = complaint(None, **{f"HELIOGRAPH_{name}": value})
     assert words in said
-    assert f"HELIOGRAPH_{name}" in said or "HELIOGRAPH_APPS__SHOP " in said
+    assert f"HELIOGRAPH_{name}" in said or re.search("HELIOGRAPH_(APPS__SHOP|LEGACY__A_B) ", said)
 
 
 def test_each_setting_tells_where_it_is_from(file: Path) -> None:
@@ -299,7 +349,7 @@ def test_each_setting_tells_where_it_is_from(file: Path) -> None:
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("prot = 1", ["prot is not a setting", "known here are data, api, store, apps"]),
+        ("prot = 1", ["prot is not a setting", "known here are data, api, store, apps, legacy, apple_proxy"]),
         ("[api]\nprot = 1", ["heliograph.toml: api.prot is not a setting: did you mean port?"]),
         ("[app.shop]", ["app is not a setting: did you mean apps?"]),
         (SHOP + "keyid = 'x'", ["apps.shop.keyid is not a setting: did you mean key_id?"]),
@@ -604,6 +654,159 @@ def test_a_fifo_that_others_may_read_is_no_place_for_a_secret(tmp_path: Path) ->
     path.chmod(0o644)
     with pytest.raises(ConfigError, match=f"run chmod 600 {path}"):
         read_secret(f"file:{path}", "api.key")
+
+
+# -- listeners -------------------------------------------------------------------------------------------------------
+
+
+def test_an_empty_table_is_a_listener_with_what_nobody_said(file: Path) -> None:
+    file.write_text("[legacy.main]\n[apple_proxy.main]\n")
+    config = load(file, {})
+    assert config.legacy == {"main": LegacySettings()}
+    assert config.apple_proxy == {"main": AppleProxySettings()}
+    main = config.legacy["main"]
+    assert (main.host, main.port, main.feedback_port, main.minimum_tls) == ("127.0.0.1", 2195, 2196, TlsVersion.TLS_1_2)
+    assert (main.app, main.names, main.certificate) == (None, {}, None)
+
+
+def test_any_one_variable_makes_a_listener() -> None:
+    config = load(None, {"HELIOGRAPH_LEGACY__MAIN__PORT": "2195", "HELIOGRAPH_APPLE_PROXY__LAN__TLS": "false"})
+    assert config.legacy == {"main": LegacySettings(port=2195)}
+    assert config.apple_proxy == {"lan": AppleProxySettings(tls=False)}
+
+
+def test_variables_find_the_listener_of_the_file_or_name_one(file: Path) -> None:
+    file.write_text("[legacy.sand-box]\nport = 1\n")
+    config = load(file, {"HELIOGRAPH_LEGACY__SAND_BOX__APP": "shop", "HELIOGRAPH_APPLE_PROXY__A_B__NAME": "a-b"})
+    assert config.legacy == {"sand-box": LegacySettings(port=1, app="shop")}
+    assert config.apple_proxy == {"a-b": AppleProxySettings()}
+
+
+def test_what_a_listener_shows_is_a_path_or_a_credential(file: Path) -> None:
+    file.write_text(
+        "[legacy.main]\ncertificate = 'chain.pem'\ncertificate_key = 'credential:key'\n"
+        "[apple_proxy.main]\ncertificate = 'file:both.pem'\n"
+    )
+    config = load(file, {})
+    assert config.legacy["main"].certificate == f"file:{file.parent / 'chain.pem'}"
+    assert config.legacy["main"].certificate_key == "credential:key"
+    assert config.apple_proxy["main"].certificate == f"file:{file.parent / 'both.pem'}"
+
+
+def test_server_names_are_told_apart_in_small_letters_and_shown(file: Path) -> None:
+    file.write_text('[legacy.main.names]\n"Gateway.Example.com" = "shop"\nlocalhost = "till"\n')
+    assert load(file, {}).legacy["main"].names == {"gateway.example.com": "shop", "localhost": "till"}
+    told = {each.way: each for each in explain(file, {}) if each.way[0] == "legacy"}
+    way = ("legacy", "main", "names", "gateway.example.com")
+    assert told[way] == Setting(way, "shop", str(file))
+    assert told["legacy", "main", "port"] == Setting(("legacy", "main", "port"), 2195, "default")
+
+
+LAN = "[apple_proxy.lan]\n"
+MAIN = "[legacy.main]\n"
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("[legacy]", ["legacy has no listener: write [legacy.main]"]),
+        ("[legacy]\nport = 2195", ["legacy.port is a setting of a single one: write [legacy.main] above it"]),
+        ("[legacy]\nprot = 2195", ["legacy.prot must be a table, [legacy.prot]"]),
+        ("[apple_proxy]\nport = 1", ["apple_proxy.port is a setting of a single one: write [apple_proxy.main] above"]),
+        ("[proxy]\nport = 1", ["proxy is not a setting: did you mean [apple_proxy.main]?"]),
+        ("[apple.main]", ["apple is not a setting: did you mean [apple_proxy.main]?"]),
+        ("[gateway]", ["gateway is not a setting: did you mean [legacy.main]?"]),
+        ("proxy = 'http://x:1'", ["proxy is not a setting here: it belongs below an [apps.NAME]"]),
+        ("feedback_port = 1", ["feedback_port is not a setting here: it belongs below a [legacy.NAME]"]),
+        ("durable = []", ["durable is not a setting here: it belongs below an [apple_proxy.NAME]"]),
+        ("['legacy'.'a b']", ["legacy.a b is no name for a listener: use letters"]),
+        (MAIN + "prot = 1", ["legacy.main.prot is not a setting: did you mean port?"]),
+        (MAIN + "xyz = 1", ["legacy.main.xyz is not a setting: known here are host, port, feedback_port, "]),
+        (MAIN + "key = 'x'", ["legacy.main.key is not a setting: did you mean certificate_key?"]),
+        (MAIN + "topic = 'x'", ["legacy.main.topic is not a setting here: it belongs below an [apps.NAME]"]),
+        (MAIN + "passphrase = 'x'", ["legacy.main.passphrase is not a setting: a listener needs none, as its private"]),
+        (MAIN + "sni = 'x'", ["legacy.main.sni is not a setting: did you mean names?"]),
+        (MAIN + "environment = 'both'", ["legacy.main.environment", "write one of production, development"]),
+        (MAIN + "environment = 'sandbox'", ["Apple's sandbox is called development here"]),
+        (MAIN + "minimum_tls = 1.0", ["minimum_tls does not fit: write one of 1.0, 1.1, 1.2, 1.3, in double quotes"]),
+        (MAIN + "minimum_tls = 'TLSv1'", ["minimum_tls does not fit: write one of 1.0, 1.1, 1.2, 1.3"]),
+        (MAIN + "max_payload = 9999", ["max_payload does not fit: expected a whole number <= 5120"]),
+        (MAIN + "host = '*'", ["legacy.main has a host that is neither a name nor an address", "0.0.0.0 for all"]),
+        (MAIN + "host = ''", ["legacy.main has a host that is neither a name nor an address"]),
+        (MAIN + "feedback_port = 2195", ["legacy.main has port and feedback_port 2195: give the feedback service"]),
+        (MAIN + "certificate_key = 'x'", ["legacy.main has certificate_key, but no certificate", "add certificate"]),
+        (MAIN + "app = ''", ["legacy.main has '' in app, which is no name of an app"]),
+        (MAIN + "names = 'a'", ["legacy.main.names must hold texts, below [legacy.main.names]"]),
+        (MAIN + "names = {a.example = 'x'}", ["legacy.main.names.a does not fit: write the whole name in quotes"]),
+        (MAIN + "names = {a = 1}", ["legacy.main.names.a does not fit: expected text in quotes"]),
+        (MAIN + "names = {a = 'b c'}", ["legacy.main has 'b c' in names, which is no name of an app"]),
+        (MAIN + "names = {'10.0.0.7' = 'x'}", ["has the server name '10.0.0.7' in names: write names of the DNS"]),
+        (MAIN + "names = {'a b' = 'x'}", ["has the server name 'a b' in names: write names of the DNS"]),
+        (MAIN + "names = {a = 'x', A = 'y'}", ["has a server name twice in names"]),
+        (LAN + "certificate_key = 'x'", ["apple_proxy.lan has certificate_key, but no certificate"]),
+        (LAN + "tls = false\nhost = '0.0.0.0'", ["apple_proxy.lan has tls = false and host 0.0.0.0, so anybody"]),
+        (LAN + "tls = false\nhost = 'push.lan'", ["apple_proxy.lan has tls = false and host push.lan, so anybody"]),
+        (LAN + "tls = false\ncertificate = 'a'", ["apple_proxy.lan has tls = false and a certificate"]),
+        (LAN + "durable = ['a b']", ["apple_proxy.lan has 'a b' in durable, which is no name of an app"]),
+        (LAN + "tls = 'no'", ["apple_proxy.lan.tls does not fit: expected true or false, got text in quotes"]),
+    ],
+)
+def test_what_does_not_fit_in_a_listener_is_told_with_its_place(file: Path, text: str, words: list[str]) -> None:
+    said = complaint(file, text)
+    assert all(word in said for word in words), said
+    assert str(file) in said
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        (
+            MAIN + "[legacy.old]\nfeedback_port = 1",
+            "legacy.old.port is 2195 on 127.0.0.1, which legacy.main.port is too",
+        ),
+        (MAIN + "[legacy.old]\nport = 1", "legacy.old.feedback_port is 2196 on 127.0.0.1, which legacy.main.feedback_"),
+        (
+            MAIN + "port = 8080",
+            "legacy.main.port is 8080 on 127.0.0.1, which api.port is too: give one of them another",
+        ),
+        (MAIN + "port = 8080\nhost = '0.0.0.0'", "legacy.main.port is 8080 on 0.0.0.0, which api.port is too"),
+        (MAIN + "port = 8080\nhost = 'localhost'", "legacy.main.port is 8080 on localhost, which api.port is too"),
+        (
+            MAIN + "feedback_port = 2197\n" + LAN,
+            "apple_proxy.lan.port is 2197 on 127.0.0.1, which legacy.main.feedback",
+        ),
+        (MAIN + "host = 'push.lan'\n" + LAN + "port = 2195\nhost = 'PUSH.lan'", "apple_proxy.lan.port is 2195 on PUSH"),
+        (MAIN + "host = '::'\n" + LAN + "port = 2195\nhost = '::1'", "apple_proxy.lan.port is 2195 on ::1, which"),
+    ],
+)
+def test_what_listens_on_a_port_keeps_others_from_it(file: Path, text: str, words: str) -> None:
+    said = complaint(file, text)
+    assert words in said
+    assert str(file) in said
+
+
+def test_a_port_from_a_variable_that_is_taken_is_told_by_its_name(file: Path) -> None:
+    said = complaint(file, MAIN, HELIOGRAPH_LEGACY__MAIN__PORT="8080")
+    assert said.startswith("HELIOGRAPH_LEGACY__MAIN__PORT is 8080 on 127.0.0.1, which api.port is too")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        MAIN + "port = 0\nfeedback_port = 0\n" + LAN + "port = 0\n[api]\nport = 0",
+        MAIN + "[legacy.old]\nhost = '127.0.0.2'",
+        MAIN + "[legacy.old]\nhost = '::1'",
+        MAIN + "host = '0.0.0.0'\n[legacy.old]\nhost = '::'",
+        MAIN + "[legacy.old]\nhost = 'push.lan'",
+        LAN + "tls = false\nhost = '127.0.0.2'",
+        LAN + "tls = false\nhost = 'localhost'",
+        LAN + "tls = false\nhost = '::1'",
+        MAIN + "app = 'unheard.of'\n" + LAN + "durable = ['unheard-of']",
+    ],
+)
+def test_what_can_listen_side_by_side_may(file: Path, text: str) -> None:
+    file.write_text(text)
+    assert load(file, {}).legacy.keys() | load(file, {}).apple_proxy.keys()
 
 
 def test_the_tree_is_frozen() -> None:

@@ -51,7 +51,7 @@ def _as_toml(settings: Sequence[Setting]) -> Iterator[str]:
             header = _toml(table)
             yield ""
             yield f"[[{header.rpartition('[')[0]}]]" if header.endswith("]") else f"[{header}]"
-        line = f"{name} = {json.dumps(each.value)}"
+        line = f"{_toml([name])} = {json.dumps(each.value)}"
         yield f"{line:<50}  # {each.origin}"
 
 

@@ -15,7 +15,16 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from heliograph.config.files import read_file
-from heliograph.config.settings import AppSettings, Config, Environments, Setting, is_app_name, is_reference
+from heliograph.config.settings import (
+    AppleProxySettings,
+    AppSettings,
+    Config,
+    LegacySettings,
+    Setting,
+    are_same,
+    is_app_name,
+    is_reference,
+)
 from heliograph.errors import ConfigError
 
 PREFIX = "HELIOGRAPH_"
@@ -65,7 +74,13 @@ def _load(file: Path | None, environ: Mapping[str, str]) -> tuple[Config, _Reade
         api=_settle(folder, "api", config.api, {"key": False}),
         store=_settle(folder, "store", config.store, {"master_key": False}),
         apps={name: _settle_app(folder, f"apps.{name}", app) for name, app in config.apps.items()},
+        legacy={name: _settle_legacy(folder, f"legacy.{name}", each) for name, each in config.legacy.items()},
+        apple_proxy={
+            name: _settle(folder, f"apple_proxy.{name}", each, _LISTENER_FILES)
+            for name, each in config.apple_proxy.items()
+        },
     )
+    reader.check_addresses(settled)
     return settled, reader
 
 
@@ -85,24 +100,25 @@ class _Reader:
     def __init__(self, source: str) -> None:
         self._source = source
         self._variables: dict[_Way, str] = {}
-        """By the way to the setting, or to an app that only variables tell of."""
+        """By the way to the setting, or to an app or a listener that only variables tell of."""
         self._given: set[_Way] = set()
 
     def put_all(self, tree: dict[str, Any], variables: Mapping[str, str]) -> None:
         """Set what variables name, here without their prefix. Raises ConfigError."""
         by_path = {tuple(name.lower().split("__")): name for name in variables}
-        apps = tree.get("apps", {})
         for path in sorted(by_path, key=lambda path: [part.zfill(9) for part in path]):  # 2 before 10
             name = by_path[path]
-            if path[0] != "apps" or len(path) < 3 or not isinstance(apps, dict):
+            kind = path[0]
+            tables = tree.setdefault(kind, {}) if kind in _NAMED else None
+            if len(path) < 3 or not isinstance(tables, dict):
                 self._put(tree, path, PREFIX + name, variables[name])
                 continue
-            app = _app_of(path[1], apps, variables.get(by_path.get(("apps", path[1], "name"), "")))
-            if app not in apps:
-                self._variables["apps", app] = PREFIX + "APPS__" + name.split("__")[1]
-            tree.setdefault("apps", {}).setdefault(app, {})
+            table = _table_of(path[1], tables, variables.get(by_path.get((kind, path[1], "name"), "")))
+            if table not in tables:
+                self._variables[kind, table] = PREFIX + "__".join(name.split("__")[:2])
+            tables.setdefault(table, {})
             if path[2:] != ("name",):
-                self._put(tree, ("apps", app, *path[2:]), PREFIX + name, variables[name])
+                self._put(tree, (kind, table, *path[2:]), PREFIX + name, variables[name])
 
     def _put(self, tree: Any, path: _Way, variable: str, value: str) -> None:
         way: list[str] = []
@@ -148,7 +164,7 @@ class _Reader:
         hints = get_type_hints(type_, include_extras=True)
         for name in tree:
             if name not in hints:
-                raise self._unknown(hints, (*path, name))
+                raise self._unknown(hints, (*path, name), tree[name])
         values = {name: self._value(hints[name], value, (*path, name)) for name, value in tree.items()}
         try:
             return type_(**values)
@@ -159,15 +175,19 @@ class _Reader:
         if isinstance(type_, type) and issubclass(type_, Struct):
             return self.struct(type_, value, path)
         if get_origin(type_) is dict:
+            (_, inner) = get_args(type_)
+            if inner is str:
+                return self._texts(value, path)
             if not isinstance(value, dict):
                 raise self._no_table(path, f"must hold tables, {_a_table(path)}")
-            (_, inner) = get_args(type_)
+            if not value and path[0] in _LISTENERS:
+                raise self._no_table(path, f"has no listener: write {_a_table(path)}")
             for name, each in value.items():
                 if name in inner.__struct_fields__ and not isinstance(each, dict):
                     raise self._no_table(
                         (*path, name), f"is a setting of a single one: write {_a_table(path)} above it"
                     )
-            return {name: self.struct(inner, each, (*path, self._app_name(name, path))) for name, each in value.items()}
+            return {name: self.struct(inner, each, (*path, self._checked(name, path))) for name, each in value.items()}
         if get_origin(type_) is tuple and issubclass(get_args(type_)[0], Struct):
             if not isinstance(value, list):
                 raise ConfigError(f"{self._where(path)} must be tables in the file, [[{'.'.join(path)}]]")
@@ -186,55 +206,110 @@ class _Reader:
             kinds = get_args(type_) or (type_,)
             choices = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, StrEnum)), ())
             wanted = f"write one of {', '.join(choices)}" if choices else _plain(str(error))
-            if value == "sandbox" and Environments.DEVELOPMENT in choices:
+            if choices and not isinstance(value, str):
+                wanted += ", in double quotes"
+            if value == "sandbox" and "development" in list(choices):
                 wanted += "; Apple's sandbox is called development here"
             if from_variable:  # all is text there, and nothing in quotes
                 wanted = wanted.removesuffix(", got text in quotes")
             raise ConfigError(f"{self._where(path)} does not fit: {wanted}") from None
 
-    def _app_name(self, name: str, path: tuple[str, ...]) -> str:
+    def _texts(self, value: Any, path: _Way) -> dict[str, str]:
+        """A table of texts, which stands in the file alone."""
+        below = self._variable_below(path)
+        if below is not None:
+            raise ConfigError(f"{below}: {path[-1]} stand in the file alone, below [{'.'.join(path)}]")
+        if not isinstance(value, dict):
+            raise ConfigError(f"{self._where(path)} must hold texts, below [{'.'.join(path)}]")
+        for name, text in value.items():
+            if isinstance(text, dict):  # so TOML has a name with dots
+                raise ConfigError(
+                    f'{self._where((*path, name))} does not fit: write the whole name in quotes, as "{name}.com" = ...'
+                )
+            if not isinstance(text, str):
+                raise ConfigError(f"{self._where((*path, name))} does not fit: expected text in quotes")
+            self._given.add((*path, name.lower()))
+        return value
+
+    def check_addresses(self, config: Config) -> None:
+        """Whether everything that listens can have its port. Raises ConfigError."""
+        known: dict[_Way, tuple[str, int]] = {}
+        for way, (host, port) in config.addresses().items():
+            for other, (its_host, its_port) in known.items():
+                if port == its_port != 0 and are_same(host, its_host):
+                    raise ConfigError(
+                        f"{self._where(way)} is {port} on {host}, which {'.'.join(other)} is too: give one of them "
+                        "another port"
+                    )
+            known[way] = host, port
+
+    def _checked(self, name: str, path: tuple[str, ...]) -> str:
+        """The name of an app or a listener."""
         if not is_app_name(name):
+            what = "an app" if path[0] == "apps" else "a listener"
             raise ConfigError(
-                f"{self._where((*path, name))} is no name for an app: use letters, digits, dots, hyphens and "
+                f"{self._where((*path, name))} is no name for {what}: use letters, digits, dots, hyphens and "
                 "underscores, 64 at most"
             )
         return name
 
-    def _unknown(self, known: Collection[str], path: _Way) -> ConfigError:
+    def _unknown(self, known: Collection[str], path: _Way, value: Any) -> ConfigError:
         """Names the closest of the known settings, or all of them where none is close."""
         from difflib import get_close_matches
 
+        of_listener = path[0] in _LISTENERS
+        others = _NAMES_OF_LISTENERS if of_listener else _OTHER_NAMES
         variable = self._variable_below(path)
         if variable is None:
             name = path[-1].lower()
-            meant = _OTHER_NAMES.get(name, name)
+            if len(path) == 1 and isinstance(value, dict) and name in _OTHER_TABLES:
+                table = _a_table((_OTHER_TABLES[name],))
+                return ConfigError(f"{self._where(path)} is not a setting: did you mean {table}?")
+            meant = others.get(name, name)
+            if of_listener and meant == "passphrase":
+                text = "its private key is not encrypted, but in a file that others cannot read"
+                return ConfigError(f"{self._where(path)} is not a setting: a listener needs none, as {text}")
             elsewhere = " or ".join(_tables_with(meant))
             close = [meant] if meant in known else get_close_matches(name, known, n=1)
-            if elsewhere and meant not in known:
+            if elsewhere and meant not in known and not (close and isinstance(value, dict)):
                 what = "it" if meant == name else f"did you mean {meant}? It"
                 return ConfigError(f"{self._where(path)} is not a setting here: {what} belongs below {elsewhere}")
             hint = f"did you mean {close[0]}?" if close else f"known here are {', '.join(known)}"
             return ConfigError(f"{self._where(path)} is not a setting: {hint}")
-        of_app = path[0] == "apps"
-        label = variable.split("__")[1] if variable.count("__") > 1 else "NAME"
-        names = [PREFIX + name for name in _variables_of(Config, label)]
-        common = len(f"{PREFIX}APPS__{label}__" if of_app else PREFIX)  # what is alike anyway
-        alike = {name[common:].replace("__", "_"): name for name in (*names, *sorted(_OTHERS))}
         front, _, last = variable.rpartition("__")
-        meant = f"{front}__{_OTHER_NAMES.get(last.lower(), '')}".upper()
+        label = variable.split("__")[1] if variable.count("__") > 1 else "NAME"
+        common = f"{PREFIX}{path[0].upper()}__{label}__" if path[0] in _NAMED else PREFIX  # what is alike anyway
+        names = [PREFIX + name for name in _variables_of(Config, label)]
+        alike = {
+            name.removeprefix(common).replace("__", "_"): name
+            for name in (*names, *sorted(_OTHERS))
+            if name.startswith(common)
+        }
+        meant = f"{front}__{others.get(last.lower(), '')}".upper()
+        if path[0] in _OTHER_TABLES:
+            meant = "__".join((f"{PREFIX}{_OTHER_TABLES[path[0]].upper()}", *variable.split("__")[1:]))
         if meant in names:
             return ConfigError(f"{variable} is not a setting: did you mean {meant}?")
-        close = get_close_matches(variable[common:].upper().replace("__", "_"), alike, n=1)
+        close = get_close_matches(variable.upper().removeprefix(common).replace("__", "_"), alike, n=1)
         if close:
             return ConfigError(f"{variable} is not a setting: did you mean {alike[close[0]]}?")
-        of_apps = f"{PREFIX}APPS__{label}__"
-        some = [each for each in names if each.startswith(of_apps) == of_app and "__1__" not in each]
-        more = [f"{of_apps}CREDENTIALS__1__..."] if of_app else [f"{of_apps}...", *sorted(_OTHERS)]
+        if path[0] in _NAMED:
+            some = [each for each in names if each.startswith(common) and "__1__" not in each]
+            more = [f"{common}CREDENTIALS__1__..."] if path[0] == "apps" else []
+        else:
+            fronts = [f"{PREFIX}{each.upper()}__{label}__" for each in sorted(_NAMED)]
+            some = [each for each in names if not each.startswith(tuple(fronts))]
+            more = [*(f"{each}..." for each in fronts), *sorted(_OTHERS)]
         return ConfigError(f"{variable} is not a setting: known are {', '.join(some + more)}")
 
     def _no_table(self, path: _Way, wanted: str) -> ConfigError:
         if path in self._variables:
             wanted = f"is a table: spell its settings, as {PREFIX}API__PORT does"
+            if path[0] in _NAMED:
+                label = "MAIN" if path[0] in _LISTENERS else "SHOP"
+                is_setting = len(path) > 1 and path[1] in _NAMED[path[0]].__struct_fields__
+                setting = path[1].upper() if is_setting else "PORT"
+                wanted = f"is a table: spell its settings, as {PREFIX}{path[0].upper()}__{label}__{setting} does"
         return ConfigError(f"{self._where(path)} {wanted}")
 
     def _variable_below(self, path: _Way) -> str | None:
@@ -246,12 +321,12 @@ class _Reader:
         return variable or f"{self._source}: {'.'.join(path)}"
 
 
-def _app_of(label: str, apps: Collection[str], named: str | None) -> str:
-    """The app that variables mean: what NAME says, or one of the file that has hyphens or dots for underscores."""
+def _table_of(label: str, tables: Collection[str], named: str | None) -> str:
+    """The app or listener that variables mean: as NAME says, or one of the file that has hyphens or dots instead."""
     if named:
         return named
-    alike = [name for name in apps if re.sub("[.-]", "_", name.lower()) == label]
-    return alike[0] if label not in apps and len(alike) == 1 else label
+    alike = [name for name in tables if re.sub("[.-]", "_", name.lower()) == label]
+    return alike[0] if label not in tables and len(alike) == 1 else label
 
 
 def _is_table(value: Any) -> bool:
@@ -270,6 +345,23 @@ _OTHER_NAMES = {
     "password": "passphrase",
 }
 """Of settings of an app, as others call them."""
+_NAMES_OF_LISTENERS = {
+    **dict.fromkeys(("key", "key_file", "key_path", "private_key", "certificate_key_file"), "certificate_key"),
+    **dict.fromkeys(("cert", "pem", "certificate_file", "chain"), "certificate"),
+    **dict.fromkeys(("min_tls", "tls_version", "minimum_tls_version"), "minimum_tls"),
+    **dict.fromkeys(("server_names", "sni"), "names"),
+    "password": "passphrase",
+    "bind": "host",
+    "listen": "port",
+}
+_NAMED: dict[str, type[Struct]] = {"apps": AppSettings, "legacy": LegacySettings, "apple_proxy": AppleProxySettings}
+"""Tables of tables with names of the operator's choice."""
+_LISTENERS = ("legacy", "apple_proxy")
+_OTHER_TABLES = {
+    **dict.fromkeys(("gateway", "binary", "feedback", "legacy_gateway"), "legacy"),
+    **dict.fromkeys(("proxy", "apple", "apns", "apns_proxy", "proxies"), "apple_proxy"),
+}
+"""As others may call them."""
 
 
 def _tables_with(name: str) -> Iterator[str]:
@@ -277,12 +369,12 @@ def _tables_with(name: str) -> Iterator[str]:
     for table, hint in sorted(get_type_hints(Config).items(), key=lambda each: get_origin(each[1]) is not dict):
         inner = get_args(hint)[1] if get_origin(hint) is dict else hint
         if name in getattr(inner, "__struct_fields__", ()):
-            yield f"an {_a_table((table,))}" if inner is not hint else f"[{table}]"
+            yield f"{'a' if table == 'legacy' else 'an'} [{table}.NAME]" if inner is not hint else f"[{table}]"
 
 
 def _a_table(path: _Way) -> str:
     """How to begin a table among those there."""
-    return f"[{'.'.join(path)}.NAME]"
+    return f"[{'.'.join(path)}.{'main' if path[0] in _LISTENERS else 'NAME'}]"
 
 
 def _tables(path: _Way) -> str:
@@ -298,11 +390,13 @@ def _variables_of(type_: Any, label: str) -> Iterator[str]:
             inner, between = get_args(hint)[0], "__1__"
         else:
             inner, between = hint, "__"
+        if get_origin(hint) is dict and inner is str:
+            continue  # in the file only
         if isinstance(inner, type) and issubclass(inner, Struct):
             yield from (name.upper() + between + each for each in _variables_of(inner, label))
         else:
             yield name.upper()
-    if type_ is AppSettings:
+    if type_ in _NAMED.values():
         yield "NAME"
 
 
@@ -373,6 +467,12 @@ def _settle_app(folder: Path, where: str, app: AppSettings) -> AppSettings:
     return replace(_settle(folder, where, app, _CREDENTIAL_FILES), credentials=tuple(tables))
 
 
+def _settle_legacy(folder: Path, where: str, listener: LegacySettings) -> LegacySettings:
+    listener = replace(listener, names={name.lower(): app for name, app in listener.names.items()})
+    return _settle(folder, where, listener, _LISTENER_FILES)
+
+
+_LISTENER_FILES = {"certificate": True, "certificate_key": True}
 _CREDENTIAL_FILES = {"key": True, "certificate": True, "certificate_key": True, "passphrase": False}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from enum import StrEnum
-from ipaddress import IPv6Address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
@@ -59,6 +59,96 @@ class StoreSettings(Struct, frozen=True):
     master_key: str | None = None
     """What seals stored apps, as `file:PATH` or `credential:NAME`; None: `master-key` in the data folder, made on the
     first start."""
+
+
+class TlsVersion(StrEnum):
+    """Of a TLS connection, at least."""
+
+    TLS_1_0 = "1.0"
+    TLS_1_1 = "1.1"
+    TLS_1_2 = "1.2"
+    TLS_1_3 = "1.3"
+
+
+class LegacySettings(Struct, frozen=True, kw_only=True):
+    """`[legacy.NAME]`: a listener for clients of the binary protocol that Apple switched off, and for its feedback."""
+
+    host: str = "127.0.0.1"
+    port: Port = 2195
+    """Of the gateway. 0: any free one, here and in the next."""
+    feedback_port: Port = 2196
+    """Of the feedback service."""
+    environment: Environment | None = None
+    """Which environment clients send to whose certificate leaves it open; None: their app's only one."""
+    app: str | None = None
+    """The app of clients that show no certificate. Whoever reaches the port may send to it! None: they are refused."""
+    names: dict[str, str] = {}
+    """The same by the server name that a client asked for in its TLS handshake (SNI): name, in lower case after `load`,
+    to app. In the file only."""
+    certificate: str | None = None
+    """What the listener shows, with its chain, as PEM: a path (`file:PATH` after `load`) or `credential:NAME`; None:
+    one that is made on the first start."""
+    certificate_key: str | None = None
+    """The private key, where it is in a file of its own; as `certificate`."""
+    minimum_tls: TlsVersion = TlsVersion.TLS_1_2
+    """Below 1.2 anybody on the way can read along, and perhaps change what is sent: only for clients that know no
+    better, on networks that you trust."""
+    max_payload: Annotated[int, Meta(ge=1, le=5120)] = 5120
+    """Octets of a payload with commands 0 and 1. Apple's limit was 256 until 2014, then 2048."""
+    max_item_payload: Annotated[int, Meta(ge=1, le=5120)] = 5120
+    """The same with command 2. Apple's limit was 2048."""
+    refuse_removed: bool = True
+    """Whether a device token that Apple called dead draws an error packet, where the client gave its frame an
+    identifier. False: it is sent to again, as Apple's gateway did, for clients that never read errors."""
+    max_connections: Annotated[int, Meta(ge=1)] = 10_000
+
+    def __post_init__(self) -> None:
+        """Raises ValueError."""
+        _check_listener(self.host, self.certificate, self.certificate_key)
+        if self.port == self.feedback_port != 0:
+            raise ValueError(f"has port and feedback_port {self.port}: give the feedback service another, as 2196")
+        if self.app is not None:
+            _check_app("app", self.app)
+        for name, app in self.names.items():
+            if not _is_server_name(name):
+                raise ValueError(
+                    f"has the server name {name!r} in names: write names of the DNS, as "
+                    '"gateway.example.com" = "shop"; clients send no addresses as server names'
+                )
+            _check_app("names", app)
+        if len({name.lower() for name in self.names}) < len(self.names):
+            raise ValueError("has a server name twice in names, in capitals and small letters: keep one")
+
+
+class AppleProxySettings(Struct, frozen=True, kw_only=True):
+    """`[apple_proxy.NAME]`: a listener that speaks as Apple's own servers do, for APNs libraries."""
+
+    host: str = "127.0.0.1"
+    port: Port = 2197
+    """0: any free one."""
+    environment: Environment | None = None
+    """Which environment is sent to; None: the app's only one, else what the name says that the client called."""
+    tls: bool = True
+    """False: HTTP/2 without TLS, with prior knowledge; on loopback addresses only."""
+    certificate: str | None = None
+    """As in `LegacySettings`, like the next."""
+    certificate_key: str | None = None
+    durable: tuple[str, ...] = ()
+    """Apps whose notifications are answered with 200 as soon as they are safe here, before Apple's word."""
+    max_connections: Annotated[int, Meta(ge=1)] = 10_000
+
+    def __post_init__(self) -> None:
+        """Raises ValueError."""
+        _check_listener(self.host, self.certificate, self.certificate_key)
+        if not self.tls and not _is_loopback(self.host):
+            raise ValueError(
+                f"has tls = false and host {self.host}, so anybody on the way could read API keys: write host = "
+                '"127.0.0.1", or remove tls = false'
+            )
+        if not self.tls and self.certificate is not None:
+            raise ValueError("has tls = false and a certificate, which goes with TLS: remove one of them")
+        for app in self.durable:
+            _check_app("durable", app)
 
 
 class CredentialSettings(Struct, frozen=True, kw_only=True):
@@ -167,6 +257,18 @@ class Config(Struct, frozen=True):
     api: ApiSettings = ApiSettings()
     store: StoreSettings = StoreSettings()
     apps: dict[str, AppSettings] = {}
+    legacy: dict[str, LegacySettings] = {}
+    apple_proxy: dict[str, AppleProxySettings] = {}
+
+    def addresses(self) -> dict[tuple[str, ...], tuple[str, int]]:
+        """Host and port of all that listens, by the way to the port's setting."""
+        found: dict[tuple[str, ...], tuple[str, int]] = {("api", "port"): (self.api.host, self.api.port)}
+        for name, old in self.legacy.items():
+            found["legacy", name, "port"] = old.host, old.port
+            found["legacy", name, "feedback_port"] = old.host, old.feedback_port
+        for name, proxy in self.apple_proxy.items():
+            found["apple_proxy", name, "port"] = proxy.host, proxy.port
+        return found
 
 
 class CredentialContent(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -198,6 +300,59 @@ class AppContent(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     def __repr__(self) -> str:
         return f"<app with {len(self.credentials)} credentials>"
+
+
+def _check_listener(host: str, certificate: str | None, certificate_key: str | None) -> None:
+    """Raises ValueError."""
+    if not _is_host(host):
+        raise ValueError(
+            "has a host that is neither a name nor an address: write 127.0.0.1 for this machine alone, 0.0.0.0 for all "
+            "that reach it, or one of its addresses; the port goes into port"
+        )
+    if certificate_key is not None and certificate is None:
+        raise ValueError("has certificate_key, but no certificate that it could belong to: add certificate")
+
+
+def _check_app(setting: str, name: str) -> None:
+    """Whether an app may be called so. Raises ValueError."""
+    if not is_app_name(name):
+        raise ValueError(f"has {name!r} in {setting}, which is no name of an app: write one, as in [apps.NAME]")
+
+
+def _is_server_name(text: str) -> bool:
+    """What may come as a server name: no address (RFC 6066, section 3)."""
+    return _is_host_name(text) is not None and not text.endswith(".") and _address(text) is None
+
+
+def _is_loopback(host: str) -> bool:
+    address = _address(host)
+    return host.lower() == "localhost" or (address is not None and address.is_loopback)
+
+
+def _address(host: str) -> IPv4Address | IPv6Address | None:
+    try:
+        return ip_address(host)
+    except ValueError:
+        return None
+
+
+def are_same(one: str, other: str) -> bool:
+    """Whether who listens on one of these hosts keeps others from the same port on the other one."""
+    if one.lower() == other.lower():
+        return True
+    return any(
+        here == there or (here.version == there.version and (here.is_unspecified or there.is_unspecified))
+        for here in _addresses(one)
+        for there in _addresses(other)
+    )
+
+
+def _addresses(host: str) -> list[IPv4Address | IPv6Address]:
+    """What is known of a name without asking for it."""
+    if host.lower() == "localhost":
+        return [IPv4Address("127.0.0.1"), IPv6Address("::1")]
+    address = _address(host)
+    return [] if address is None else [address]
 
 
 _OF_CERTIFICATES = (".p12", ".pfx", ".cer", ".crt")
