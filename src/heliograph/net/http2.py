@@ -48,6 +48,8 @@ class Link(asyncio.Protocol, Generic[Core]):
         self._new_session: Callable[[Link[Core]], Session] = new_session
         self._new_core: Callable[[float], Core] = new_core
         self._flush_due = False
+        self._handling = False
+        """The session is being told something; what it has to say to that is written right behind."""
         self._finishing = False
         self._deaf = False
         self._blocked_since: float | None = None
@@ -74,7 +76,7 @@ class Link(asyncio.Protocol, Generic[Core]):
 
     def flush(self) -> None:
         """Have the core's output written, once this turn of the loop, however often it is asked for."""
-        if not self._flush_due:
+        if not (self._flush_due or self._handling):
             self._flush_due = True
             self._loop.call_soon(self._write)
 
@@ -149,7 +151,11 @@ class Link(asyncio.Protocol, Generic[Core]):
 
     def _handle(self, events: Sequence[Event]) -> None:
         if events:
-            self.session.on_events(events)
+            self._handling = True
+            try:
+                self.session.on_events(events)
+            finally:
+                self._handling = False
             if self.core.over and isinstance(events[-1], Failed):
                 self.close()
                 return
@@ -206,6 +212,20 @@ async def end_links(links: Iterable[Link[ServerConnection]], grace_s: float) -> 
             await asyncio.wait(late)
 
 
+class _Turned:
+    """A connection that was turned away: nothing is done for it."""
+
+    def __init__(self, link: Link[ServerConnection]) -> None:
+        link.core.goaway(ErrorCode.ENHANCE_YOUR_CALM, b"too many connections", 0)
+        asyncio.get_running_loop().call_soon(link.close)
+
+    def on_events(self, events: Sequence[Event]) -> None: ...
+
+    def on_writable(self) -> None: ...
+
+    def on_close(self) -> None: ...
+
+
 async def listen(
     new_session: Callable[[Link[ServerConnection]], Session],
     *,
@@ -213,18 +233,30 @@ async def listen(
     host: str = "127.0.0.1",
     port: int = 0,
     new_core: Callable[[float], ServerConnection] = ServerConnection,
+    max_connections: int | None = None,
+    before: Callable[[], None] | None = None,
 ) -> Listener:
-    """Listen for HTTP/2; without `tls`, for clients with prior knowledge. Raises OSError where the port is taken."""
+    """Listen for HTTP/2; without `tls`, for clients with prior knowledge. Raises OSError where the port is taken.
+
+    Above `max_connections` they are turned away with GOAWAY. `before` is called for each before its TLS handshake.
+    """
     links: set[Link[ServerConnection]] = set()
 
     def enter(link: Link[ServerConnection]) -> Session:
         # From here on connection_lost is certain; a failed TLS handshake would never take it out again.
+        if max_connections is not None and len(links) >= max_connections:
+            return _Turned(link)
         links.add(link)
         link.closed.add_done_callback(lambda _: links.discard(link))
         return new_session(link)
 
+    def new_link() -> Link[ServerConnection]:
+        if before is not None:
+            before()
+        return Link(enter, new_core)
+
     server = await asyncio.get_running_loop().create_server(
-        lambda: Link(enter, new_core),
+        new_link,
         host,
         port,
         ssl=tls,

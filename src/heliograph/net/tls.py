@@ -1,8 +1,8 @@
-"""TLS contexts for HTTP/2, and certificates to throw away.
+"""TLS contexts for HTTP/2 and for the doors of old scripts, and certificates to throw away.
 
-TLS 1.2 or later and ALPN `h2` (Apple, "Establishing a connection to APNs"; RFC 9113, section 9.2). A client always
-verifies the server. A server asks for a client certificate where it is told whose to trust, and takes those who have
-none as well, as Apple does: they may hold a provider token.
+HTTP/2 has TLS 1.2 or later and ALPN `h2` (Apple, "Establishing a connection to APNs"; RFC 9113, section 9.2). A
+client always verifies the server. A server asks for a client certificate where it is told whose to trust, and takes
+those who have none as well, as Apple does: they may hold a provider token.
 """
 
 from __future__ import annotations
@@ -11,32 +11,54 @@ import datetime
 import os
 import ssl
 import sys
-from collections.abc import Iterator
+import warnings
+from base64 import b64encode
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from ipaddress import ip_address
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from msgspec import Struct
 
+from heliograph.config import TlsVersion
 from heliograph.errors import ConfigError
 from heliograph.model import ClientCertificate
 
 if TYPE_CHECKING:
     from cryptography import x509
-    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 # What RFC 9113, appendix A, leaves of TLS 1.2's; those of TLS 1.3 are not concerned.
 _CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
 
-_NAMES = ("localhost", "api.push.apple.com", "api.sandbox.push.apple.com", "api.development.push.apple.com")
+_NAMES = (
+    *("localhost", "api.push.apple.com", "api.sandbox.push.apple.com", "api.development.push.apple.com"),
+    *("gateway.push.apple.com", "gateway.sandbox.push.apple.com"),
+    *("feedback.push.apple.com", "feedback.sandbox.push.apple.com"),
+)
 _ADDRESSES = ("127.0.0.1", "::1")
 _OTHER_NAME = "other.example"
+_SIMULATOR_CA = "heliograph simulator CA"
 # macOS and iOS take no certificate of a hand-installed authority for longer than 825 days.
-_LIFETIME = datetime.timedelta(days=800)
-_BACKDATED = datetime.timedelta(hours=1)
+LIFETIME = datetime.timedelta(days=800)
+BACKDATED = datetime.timedelta(hours=1)
 """Clocks differ."""
+
+
+PrivateKey: TypeAlias = "rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey"
+
+_VERSIONS = {
+    TlsVersion.TLS_1_0: ssl.TLSVersion.TLSv1,
+    TlsVersion.TLS_1_1: ssl.TLSVersion.TLSv1_1,
+    TlsVersion.TLS_1_2: ssl.TLSVersion.TLSv1_2,
+    TlsVersion.TLS_1_3: ssl.TLSVersion.TLSv1_3,
+}
+_ANCHOR_FLAGS = 0x10 | 0x80000 | 0x200000
+"""X509_V_FLAG_IGNORE_CRITICAL, _PARTIAL_CHAIN and _NO_CHECK_TIME, of which Python names one (OpenSSL, x509_vfy.h)."""
+_FOR_CLIENTS = bytes.fromhex("300c 300a 0608 2b06010505070302")
+"""X509_CERT_AUX of OpenSSL: trusted as a client (the id of `clientAuth`), whatever the certificate says it is for."""
 
 
 class Identity(Struct, frozen=True):
@@ -87,6 +109,42 @@ def server_context(
     return _for_http2(context)
 
 
+def legacy_context(
+    certificate: bytes, key: bytes, *, anchors: Sequence[bytes], minimum: TlsVersion, required: bool
+) -> ssl.SSLContext:
+    """For a listener whose clients are known by their certificates alone. All PEM.
+
+    `anchors`: the certificates that are taken, each by itself: whoever issued it is not asked, and neither is the
+    calendar. A client with another one is refused, and so is one with none where one is `required`. What an anchor has
+    issued passes as well where its own extensions allow that: look at what was shown. No session ticket comes after a
+    handshake, see `streams`. Below TLS 1.2 OpenSSL's security level is 0 for this context: TLS 1.0 signs with SHA-1.
+
+    Raises ConfigError.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        _load_pair(context, certificate, key)
+    except ssl.SSLError as error:
+        raise ConfigError(
+            "The certificate and key of the listener cannot be used: give both as PEM, the key without a passphrase, "
+            f"and see that they belong together (OpenSSL says {error.reason or 'nothing more'})"
+        ) from None
+    old = minimum in (TlsVersion.TLS_1_0, TlsVersion.TLS_1_1)
+    context.set_ciphers("DEFAULT:@SECLEVEL=0" if old else "DEFAULT:@SECLEVEL=2")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        context.minimum_version = _VERSIONS[minimum]
+    context.verify_mode = ssl.CERT_REQUIRED if required else ssl.CERT_OPTIONAL
+    context.verify_flags |= _ANCHOR_FLAGS
+    if anchors:
+        with _file_of(b"".join(map(_trusted, anchors))) as name:
+            context.load_verify_locations(name)
+    context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION
+    # That of TLS 1.2 is part of the handshake, and stays: without it OpenSSL keeps 20,480 sessions, of 5 kB each.
+    context.num_tickets = 0
+    return context
+
+
 def client_context(ca: bytes | Path | None = None, certificate: ClientCertificate | None = None) -> ssl.SSLContext:
     """For a connection. `ca`: the authorities to trust, as PEM or a file of it; None: those of the system.
 
@@ -114,34 +172,22 @@ def throwaway_identity(now: datetime.datetime) -> Identity:
 
     For the simulator: clients trust `ca_pem` and may connect to localhost, or to a name of Apple's that is routed here.
     """
-    from cryptography import x509
     from cryptography.hazmat.primitives.asymmetric import ec
     from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-    from cryptography.x509.oid import ExtendedKeyUsageOID
 
     ca_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
-    ca = _signed(
-        "heliograph simulator CA", ca_key, ca_key, now, [(x509.BasicConstraints(ca=True, path_length=0), True)]
-    )
+    ca = make_authority(_SIMULATOR_CA, ca_key, now, LIFETIME)
 
-    def issue(name: str, now: datetime.datetime, alternatives: list[x509.GeneralName]) -> bytes:
-        extensions: list[tuple[x509.ExtensionType, bool]] = [
-            (x509.BasicConstraints(ca=False, path_length=None), True),
-            (x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), False),
-            (x509.SubjectAlternativeName(alternatives), False),
-        ]
-        return _signed(name, key, ca_key, now, extensions).public_bytes(Encoding.PEM)
+    def issue(name: str, now: datetime.datetime, alternatives: Sequence[str]) -> bytes:
+        return issue_server(name, alternatives, key, _SIMULATOR_CA, ca_key, now).public_bytes(Encoding.PEM)
 
-    names: list[x509.GeneralName] = [
-        *(x509.DNSName(name) for name in _NAMES),
-        *(x509.IPAddress(ip_address(address)) for address in _ADDRESSES),
-    ]
+    names = (*_NAMES, *_ADDRESSES)
     return Identity(
         ca.public_bytes(Encoding.PEM),
         issue("localhost", now, names),
         key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()),
-        expired_pem=issue("localhost", now - _LIFETIME - _BACKDATED, names),
-        other_name_pem=issue(_OTHER_NAME, now, [x509.DNSName(_OTHER_NAME)]),
+        expired_pem=issue("localhost", now - LIFETIME - BACKDATED, names),
+        other_name_pem=issue(_OTHER_NAME, now, [_OTHER_NAME]),
     )
 
 
@@ -155,14 +201,47 @@ def good_until(certificate_pem: bytes) -> datetime.datetime:
         raise ConfigError("The certificate is not PEM, or damaged: make it anew") from None
 
 
+def make_authority(
+    name: str, key: PrivateKey, now: datetime.datetime, lifetime: datetime.timedelta
+) -> x509.Certificate:
+    """One that signs for itself, and for servers."""
+    from cryptography import x509
+
+    return _signed(name, key, name, key, now, lifetime, [(x509.BasicConstraints(ca=True, path_length=0), True)])
+
+
+def issue_server(
+    name: str, alternatives: Sequence[str], key: PrivateKey, issuer: str, ca_key: PrivateKey, now: datetime.datetime
+) -> x509.Certificate:
+    """A server's certificate by the authority `issuer`; `alternatives` are host names and IP addresses."""
+    from cryptography import x509
+    from cryptography.x509.oid import ExtendedKeyUsageOID
+
+    def named(host: str) -> x509.GeneralName:
+        try:
+            return x509.IPAddress(ip_address(host))
+        except ValueError:
+            return x509.DNSName(host)
+
+    extensions: list[tuple[x509.ExtensionType, bool]] = [
+        (x509.BasicConstraints(ca=False, path_length=None), True),
+        (x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), False),
+        (x509.SubjectAlternativeName([named(each) for each in alternatives]), False),
+    ]
+    return _signed(name, key, issuer, ca_key, now, LIFETIME, extensions)
+
+
 def _signed(
     name: str,
-    key: ec.EllipticCurvePrivateKey,
-    ca_key: ec.EllipticCurvePrivateKey,
+    key: PrivateKey,
+    issuer: str,
+    ca_key: PrivateKey,
     now: datetime.datetime,
-    extensions: list[tuple[x509.ExtensionType, bool]],
+    lifetime: datetime.timedelta,
+    extensions: Sequence[tuple[x509.ExtensionType, bool]],
 ) -> x509.Certificate:
     from cryptography import x509
+    from cryptography.hazmat.primitives.asymmetric import rsa
     from cryptography.hazmat.primitives.hashes import SHA256
     from cryptography.x509.oid import NameOID
 
@@ -176,7 +255,8 @@ def _signed(
         key_cert_sign=is_ca,
         crl_sign=is_ca,
         content_commitment=False,
-        key_encipherment=False,
+        # Clients that know no elliptic curves encrypt with the key itself (RFC 5246, section 7.4.2).
+        key_encipherment=not is_ca and isinstance(key, rsa.RSAPrivateKey),
         data_encipherment=False,
         key_agreement=False,
         encipher_only=False,
@@ -185,11 +265,11 @@ def _signed(
     builder = (
         x509.CertificateBuilder()
         .subject_name(named(name))
-        .issuer_name(named("heliograph simulator CA"))
+        .issuer_name(named(issuer))
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - _BACKDATED)
-        .not_valid_after(now + _LIFETIME)
+        .not_valid_before(now - BACKDATED)
+        .not_valid_after(now + lifetime)
         .add_extension(usage, critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False)
@@ -218,6 +298,13 @@ def _file_of(content: bytes) -> Iterator[str]:
             file.write(content)
             file.flush()
             yield file.name
+
+
+def _trusted(pem: bytes) -> bytes:
+    """The certificate as OpenSSL's TRUSTED CERTIFICATE (openssl-x509, `-trustout`)."""
+    body = b64encode(ssl.PEM_cert_to_DER_cert(pem.decode("ascii")) + _FOR_CLIENTS)
+    lines = [body[at : at + 64] for at in range(0, len(body), 64)]
+    return b"\n".join((b"-----BEGIN TRUSTED CERTIFICATE-----", *lines, b"-----END TRUSTED CERTIFICATE-----", b""))
 
 
 def _authorities(pem: bytes) -> str:
