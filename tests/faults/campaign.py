@@ -73,10 +73,16 @@ class Apple(Simulator):
         self.judged = asyncio.Event()
 
     def judge(
-        self, visit: Visit, fields: Sequence[Field], body: bytes, now: float, instead: Answer | None = None
+        self,
+        visit: Visit,
+        fields: Sequence[Field],
+        body: bytes,
+        now: float,
+        instead: Answer | None = None,
+        identifier: int | None = None,
     ) -> Verdict:
         self.judged.set()
-        return super().judge(visit, fields, body, now, instead)
+        return super().judge(visit, fields, body, now, instead, identifier)
 
 
 class Campaign:

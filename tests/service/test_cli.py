@@ -23,6 +23,7 @@ import pytest
 from click import Command, Group
 from click import Path as ClickPath
 from click.testing import CliRunner
+from click.types import BoolParamType
 
 from heliograph import __version__
 from heliograph.cli import cli
@@ -188,8 +189,9 @@ def test_options_for_secrets_take_files_only() -> None:
                 and param.opts[0][0] == "-"
             ):
                 found |= {param.opts[0]}
-                # A key's id and a device token open nothing.
-                assert isinstance(param.type, ClickPath) or param.opts[0] in ("--key-id", "--token"), param.opts
+                # A key's id and a device token open nothing, and a switch says nothing.
+                harmless = param.opts[0] in ("--key-id", "--token") or isinstance(param.type, BoolParamType)
+                assert harmless or isinstance(param.type, ClickPath), param.opts
     assert {"--key", "--key-file", "--certificate", "--passphrase-file", "--proxy-file"} <= found
 
 

@@ -7,16 +7,19 @@ import os
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from heliograph.model import DeviceToken, PushType
+from heliograph.protocols.binary import ErrorReader, ErrorResponse, Status, enhanced_frame
 from heliograph.simulator.devices import KEEP, Received, Shown
 from heliograph.simulator.watching import Watcher
 from tests.certificates import authority, push_certificate
@@ -264,6 +267,128 @@ def test_a_terminal_gets_colours_unless_they_are_unwanted(tmp_path: Path, no_col
         assert ("\x1b" in said) is not bool(no_color)
         process.send_signal(signal.SIGINT)
         assert process.wait(PATIENCE_S) == 130
+
+
+# -- the old Apple ---------------------------------------------------------------------------------------------------
+
+LEGACY = ["--legacy", "--legacy-port", "0", "--feedback-port", "0"]
+
+
+def old_lines(said: str) -> list[str]:
+    """The commands that play a client of old, as a person would mark and copy them."""
+    return re.findall(r"^(?:printf|openssl) .*(?:\n  .*)*", said, re.MULTILINE)
+
+
+@pytest.mark.peer("openssl")
+@pytest.mark.parametrize("options", [[], ["--require-certificate"], ["--strict", "--legacy-topic", TOPIC]])
+def test_a_stranger_pastes_what_old_clients_do_and_sees_the_push(tmp_path: Path, options: list[str]) -> None:
+    need("openssl")
+    with start(tmp_path, *SIMULATE, *LEGACY, "--watch", *options) as simulate:
+        said = simulate.wait_for("What devices show comes here:")
+        push_line, feedback_line = old_lines(said)
+        control = re.search(r"http://127.0.0.1:\d+", said)
+        assert control is not None
+        device = f"{control[0]}/devices/{ALIVE}"
+        for method in ("PUT", "DELETE"):
+            with urllib.request.urlopen(urllib.request.Request(device, method=method)):
+                paste(push_line, tmp_path)
+        simulate.wait_for("alert         Hello  (legacy)\n")
+        told = ""
+        while not told:  # the program that pushed did not wait until it was taken
+            told = paste(feedback_line, tmp_path).replace(" ", "").replace("\n", "")
+        assert told[8:] == "0020" + ALIVE
+        assert paste(feedback_line, tmp_path) == ""
+        assert simulate.stop(signal.SIGINT) == 130
+
+
+@contextmanager
+def connecting(folder: Path, port: int) -> Iterator[ssl.SSLSocket]:
+    """A client with the files that the simulator made."""
+    context = ssl.create_default_context(cafile=folder / "apple" / "ca.pem")
+    context.load_cert_chain(folder / "apple" / "client.pem")
+    with (
+        socket.create_connection(("127.0.0.1", port), PATIENCE_S) as connected,
+        context.wrap_socket(connected, server_hostname="localhost") as tls,
+    ):
+        yield tls
+
+
+def test_programs_read_where_the_old_apple_listens_and_what_came_there(tmp_path: Path) -> None:
+    with simulating(tmp_path, *LEGACY, "--legacy-topic", "com.example.shop") as simulate:
+        assert simulate.first["topic"] == "com.example.shop"
+        assert simulate.first["feedback_port"] > 0
+        with connecting(tmp_path, simulate.first["legacy_port"]) as tls:
+            tls.sendall(enhanced_frame(ONE.encode(), b'{"aps":{"alert":"Hello"}}', 7, 0))
+            line = simulate.line()
+            assert (line["door"], line["identifier"], line["topic"]) == ("legacy", 7, "com.example.shop")
+            assert simulate.stop(signal.SIGTERM) == 0
+            assert ErrorReader().receive(tls.recv(6)) == ErrorResponse(Status.SHUTDOWN, 7)
+
+
+def test_the_client_certificate_in_the_folder_stays_whatever_it_is(tmp_path: Path) -> None:
+    def made() -> bytes:
+        with simulating(tmp_path, *LEGACY):
+            return (tmp_path / "apple" / "client.pem").read_bytes()
+
+    assert made() == made()
+    for content, words in (
+        (push_certificate(TOPIC).pem, f"client.pem is for {TOPIC}, not for com.example.demo: name another"),
+        (b"not PEM", "client.pem: There is no certificate in the file: "),
+    ):
+        (tmp_path / "apple" / "client.pem").write_bytes(content)
+        done = run(tmp_path, *SIMULATE, *LEGACY)
+        assert done.returncode == 2
+        assert words in done.stderr
+        assert (tmp_path / "apple" / "client.pem").read_bytes() == content
+
+
+def test_an_expired_certificate_of_apples_may_be_the_required_one(tmp_path: Path) -> None:
+    (tmp_path / "apple").mkdir()
+    pem = push_certificate(TOPIC, now=datetime.now(UTC) - timedelta(days=3000)).pem
+    (tmp_path / "apple" / "client.pem").write_bytes(pem)
+    with (
+        simulating(tmp_path, *LEGACY, "--legacy-topic", TOPIC, "--require-certificate") as simulate,
+        connecting(tmp_path, simulate.first["legacy_port"]) as tls,
+    ):
+        tls.sendall(enhanced_frame(ONE.encode(), b"{}", 1, 0))
+        assert simulate.line()["topic"] == TOPIC
+
+
+@pytest.mark.parametrize("option", ["--legacy-port=0", "--feedback-port=0", "--legacy-payload=256", "--legacy-topic=x"])
+def test_options_of_the_old_apple_are_refused_where_it_is_not_played(tmp_path: Path, option: str) -> None:
+    done = run(tmp_path, *SIMULATE, option)
+    assert done.returncode == 2
+    assert f"{option.partition('=')[0]} is for the binary gateway: add --legacy" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "option, words", [("--legacy-port", "The legacy gateway"), ("--feedback-port", "The feedback service")]
+)
+def test_a_taken_port_of_the_old_apple_is_told(tmp_path: Path, option: str, words: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = run(tmp_path, *SIMULATE, *LEGACY, option, str(port))
+    assert done.returncode == 2
+    assert f"{words} cannot listen on 127.0.0.1:{port}" in done.stderr
+    assert done.stderr.endswith("name another port\n")
+
+
+def test_a_topic_that_is_none_is_told(tmp_path: Path) -> None:
+    done = run(tmp_path, *SIMULATE, *LEGACY, "--legacy-topic", "späti")
+    assert done.returncode == 2
+    assert "is no bundle id" in done.stderr
+
+
+def test_who_speaks_no_tls_to_the_gateway_is_named(tmp_path: Path) -> None:
+    with start(tmp_path, *SIMULATE, *LEGACY) as simulate:
+        found = re.search(r"legacy +127.0.0.1:(\d+)", simulate.wait_for("Ctrl-C ends it."))
+        assert found is not None
+        with socket.create_connection(("127.0.0.1", int(found[1])), PATIENCE_S) as plain:
+            plain.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            simulate.wait_for(
+                "A client at 127.0.0.1 could not connect to the legacy gateway: the client does not speak TLS.\n"
+            )
+        assert simulate.stop(signal.SIGTERM) == 0
 
 
 # -- the lines -------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from heliograph.commands.demo import ALIVE, TOPIC
 from heliograph.commands.local import free_port, run_loop
@@ -71,6 +72,36 @@ _COLOURS = {"alert": "green", "background": "blue", "voip": "magenta", "liveacti
     show_default=True,
     help="Where clients find the certificate to trust and a signing key.",
 )
+@click.option(
+    "--legacy", is_flag=True, help="Play Apple's binary gateway and feedback service too, as they were until 2021."
+)
+@click.option(
+    "--legacy-port",
+    type=click.IntRange(0, 65535),
+    default=2195,
+    show_default=True,
+    help="Of the binary gateway. 0: any free one.",
+)
+@click.option(
+    "--feedback-port",
+    type=click.IntRange(0, 65535),
+    default=2196,
+    show_default=True,
+    help="Of the feedback service. 0: any free one.",
+)
+@click.option(
+    "--legacy-topic", default=TOPIC, show_default=True, help="The app that clients of the binary gateway send to."
+)
+@click.option(
+    "--legacy-payload",
+    type=click.IntRange(1, 5120),
+    default=2048,
+    show_default=True,
+    help="Octets that a payload may have there; until 2014 it was 256.",
+)
+@click.option(
+    "--require-certificate", is_flag=True, help="Let in no client there that does not show the one in the folder."
+)
 @click.option("--journal", type=click.Path(path_type=Path, dir_okay=False), help="Write each request there, as JSON.")
 def simulate(
     host: str,
@@ -81,7 +112,13 @@ def simulate(
     faults: Path | None,
     folder: Path,
     journal: Path | None,
+    legacy_port: int,
+    feedback_port: int,
+    legacy_topic: str,
+    legacy_payload: int,
     *,
+    legacy: bool,
+    require_certificate: bool,
     strict: bool,
     watch: bool,
     as_json: bool,
@@ -96,11 +133,26 @@ def simulate(
       heliograph simulate --watch
       heliograph simulate --strict --environment development
       heliograph simulate --port 0 --json --faults faults.toml
+      heliograph simulate --legacy --watch
     """
+    from heliograph.errors import Refused
     from heliograph.model import Environment
+    from heliograph.simulator.legacy import Legacy
     from heliograph.simulator.reading import load_rules, read_file
     from heliograph.simulator.running import running
 
+    if not legacy:
+        _refuse_without_legacy()
+    try:
+        old_apple = Legacy(
+            port=legacy_port,
+            feedback_port=feedback_port,
+            topic=legacy_topic,
+            max_payload=legacy_payload,
+            required=require_certificate,
+        )
+    except Refused as no:
+        raise click.UsageError(f"--legacy-topic: {no.detail}") from None
     rules = [] if faults is None else load_rules(faults)
     authorities = None if client_ca is None else read_file(client_ca, "The authorities of clients")
     if control_port is None:
@@ -117,11 +169,20 @@ def simulate(
                 journal=journal,
                 client_authorities=authorities,
                 rules=rules,
+                legacy=old_apple if legacy else None,
             ),
             watch=watch or as_json,
             as_json=as_json,
         )
     )
+
+
+def _refuse_without_legacy() -> None:
+    """Options of the old Apple mean nothing without it. Raises UsageError."""
+    context = click.get_current_context()
+    for name in ("legacy_port", "feedback_port", "legacy_topic", "legacy_payload", "require_certificate"):
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--{name.replace('_', '-')} is for the binary gateway: add --legacy")
 
 
 async def _simulate(running: AbstractAsyncContextManager[Running], *, watch: bool, as_json: bool) -> None:
@@ -131,10 +192,16 @@ async def _simulate(running: AbstractAsyncContextManager[Running], *, watch: boo
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     async with running as simulator, asyncio.TaskGroup() as group:
+        simulator.apple.on_refused = _say_who_failed
         tell(simulator.control.describe()) if as_json else _say_how_to_connect(simulator, watch=watch)
         if watch:
             group.create_task(_Printer(as_json=as_json).run(simulator, stop))
         await stop.wait()
+
+
+def _say_who_failed(door: str, address: str, why: str) -> None:
+    name = "legacy gateway" if door == "legacy" else "feedback service"
+    click.echo(f"A client at {address} could not connect to the {name}: {why}.", err=True)
 
 
 class _Printer:
@@ -225,6 +292,11 @@ def _say_how_to_connect(simulator: Running, *, watch: bool) -> None:
     say(f"  trust        {simulator.ca_file}")
     say(f"  signing key  {simulator.key_file}  (key id {key.key_id}, team id {key.team_id})")
     say(f"  control      {control}  (devices, what they show, faults)")
+    if apple.topic is not None:
+        say(f"  legacy       {_at(apple.host, apple.legacy_port)}  (binary gateway, for {apple.topic})")
+        say(f"  feedback     {_at(apple.host, apple.feedback_port)}")
+        need = "clients have to show it" if simulator.certificate_required else "for clients that cannot do without one"
+        say(f"  certificate  {simulator.client_file}  (with its key; {need})")
     say("")
     if apple.strict:
         say("Register a device:")
@@ -243,6 +315,8 @@ def _say_how_to_connect(simulator: Running, *, watch: bool) -> None:
     say("")
     say(f"curl -sS {control}/devices/{ALIVE}/shown")
     say("")
+    if apple.topic is not None:
+        _say_how_to_speak_legacy(simulator, here)
     say("With heliograph, in heliograph.toml:")
     say("")
     say("[apps.demo]")
@@ -257,3 +331,26 @@ def _say_how_to_connect(simulator: Running, *, watch: bool) -> None:
     say("")
     say("Ctrl-C ends it." if not watch else "Ctrl-C ends it. What devices show comes here:")
     say("")
+
+
+def _say_how_to_speak_legacy(simulator: Running, here: str) -> None:
+    """Lines to paste, and what to point a script at."""
+    apple, say = simulator.apple, click.echo
+    payload = '{"aps": {"alert": "Hello"}}'
+    octal = "".join(f"\\{octet:o}" for octet in bytes.fromhex(ALIVE))
+    show = f" -cert {simulator.client_file}" if simulator.certificate_required else ""
+    say("Send to it as old scripts did:")
+    say("")
+    say(f"printf '\\0\\0\\40{octal}\\0\\{len(payload):o}{payload}' |")
+    say(f"  openssl s_client -quiet -no_ign_eof -CAfile {simulator.ca_file}{show} \\")
+    say(f"    -connect {_at(here, apple.legacy_port)}")
+    say("")
+    say("Read the feedback service:")
+    say("")
+    say(f"openssl s_client -quiet -CAfile {simulator.ca_file}{show} \\")
+    say(f"  -connect {_at(here, apple.feedback_port)} </dev/null | od -An -tx1")
+    say("")
+
+
+def _at(host: str, port: int | None) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -218,11 +218,18 @@ class Apple(Faults, Devices):
     # -- the judgement -------------------------------------------------------------------------------------------
 
     def judge(
-        self, visit: Visit, fields: Sequence[Field], body: bytes, now: float, instead: Answer | None = None
+        self,
+        visit: Visit,
+        fields: Sequence[Field],
+        body: bytes,
+        now: float,
+        instead: Answer | None = None,
+        identifier: int | None = None,
     ) -> Verdict:
         """The answer to a request, which is from then on received if that is 200.
 
         `now` is UNIX seconds, `instead` what to say where 200 was due. A body longer than any limit may be cut short.
+        `identifier`: see `Received`.
         """
         varying: dict[bytes, bytes] = {}
         shared = []
@@ -288,7 +295,7 @@ class Apple(Faults, Devices):
             return Verdict(instead.status, known_id, instead.reason, instead.since, instead.retry_after_s)
         else:
             if self._keeps or self._followers or device is not None:
-                entry = (known_id, token, common.topic, common.push_type, body, collapse_id, now)
+                entry = (known_id, token, common.topic, common.push_type, body, collapse_id, identifier, now)
                 if self._followers or device is not None:
                     self._take(entry, device, expiration)
                 else:  # as that would do, for speed

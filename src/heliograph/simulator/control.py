@@ -91,6 +91,15 @@ class _App(_Body):
     team_id: str | None = None
 
 
+class _Feedback(_Body):
+    tokens: list[str] = []
+    count: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
+    at: Annotated[int, Meta(ge=0, lt=1 << 32)] | None = None
+
+    def __repr__(self) -> str:
+        return f"<{len(self.tokens)} device tokens that are gone>"
+
+
 @contextlib.asynccontextmanager
 async def controlled(simulator: Simulator, port: int = 0) -> AsyncIterator[Control]:
     """The control API of a simulator that listens, for as long as the block runs.
@@ -130,6 +139,7 @@ class Control:
             "/": {"GET": self._describe},
             "/ca.pem": {"GET": self._ca},
             "/AuthKey.p8": {"GET": self._signing_key},
+            "/client.pem": {"GET": self._client},
             "/provider-token": {"GET": self._provider_token},
             "/devices": {"GET": self._devices},
             "/devices/{token}": {"GET": self._device, "PUT": self._register, "DELETE": self._uninstall},
@@ -138,6 +148,7 @@ class Control:
             "/devices/{token}/shown": {"GET": self._shown_by},
             "/shown": {"GET": self._shown},
             "/shown/follow": {"GET": self._follow},
+            "/feedback": {"GET": self._feedback, "POST": self._add_feedback, "DELETE": self._forget_feedback},
             "/rules": {"GET": self._rules, "POST": self._add_rules, "DELETE": self._remove_rules},
             "/rules/{id}": {"GET": self._rule, "DELETE": self._remove_rule},
             "/keys": {"GET": self._keys, "POST": self._add_key},
@@ -182,6 +193,9 @@ class Control:
             "strict": apple.strict,
             "key_id": apple.signing_key.key_id,
             "team_id": apple.signing_key.team_id,
+            "legacy_port": apple.legacy_port,
+            "feedback_port": apple.feedback_port,
+            "topic": apple.topic,
             "connections": apple.connections,
             "shown": self._number,
             "paths": self._paths,
@@ -200,6 +214,10 @@ class Control:
             media_type="application/x-pem-file",
             headers={"content-disposition": name, "cache-control": "no-store"},
         )
+
+    async def _client(self, _: Request) -> Response:
+        headers = {"content-disposition": 'attachment; filename="client.pem"', "cache-control": "no-store"}
+        return Response(self._apple.client_pem, media_type="application/x-pem-file", headers=headers)
 
     async def _provider_token(self, _: Request) -> Response:
         token = mint(self._apple.signing_key, time.time())
@@ -280,6 +298,22 @@ class Control:
     def _wake(self) -> None:
         self._news.set()
         self._news = asyncio.Event()
+
+    # -- the feedback service ------------------------------------------------------------------------------------
+
+    async def _feedback(self, _: Request) -> Response:
+        return _json({"feedback": [{"token": str(each.token), "at": each.at} for each in self._apple.feedback]})
+
+    async def _add_feedback(self, request: Request) -> Response:
+        body = await _read(request, _Feedback)
+        made_up = (f"{number:064x}" for number in range(1, body.count + 1))
+        self._apple.add_feedback([*body.tokens, *made_up], int(time.time()) if body.at is None else body.at)
+        return _json({"listed": len(self._apple.feedback)}, 201)
+
+    async def _forget_feedback(self, _: Request) -> Response:
+        removed = len(self._apple.feedback)
+        self._apple.forget_feedback()
+        return _json({"removed": removed})
 
     # -- faults --------------------------------------------------------------------------------------------------
 

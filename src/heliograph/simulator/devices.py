@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import inf
 from typing import Literal
 
@@ -54,6 +54,13 @@ class Received(Struct, frozen=True):
     push_type: PushType
     payload: bytes
     collapse_id: str | None = None
+    identifier: int | None = None
+    """What the client called it, where it came to the binary gateway (0: nothing); None: it came by HTTP/2."""
+
+    @property
+    def door(self) -> str:
+        """`http2` or `legacy`."""
+        return "http2" if self.identifier is None else "legacy"
 
     def __repr__(self) -> str:
         return f"<notification {self.id} for {self.topic}>"
@@ -65,6 +72,17 @@ class Shown(Struct, frozen=True):
     received: Received
     at: float
     """UNIX seconds at which it got there."""
+
+
+class Gone(Struct, frozen=True):
+    """A device token as the feedback service lists it."""
+
+    token: DeviceToken
+    at: int
+    """UNIX seconds at which its app was found to be gone."""
+
+    def __repr__(self) -> str:
+        return "<device token that is gone>"
 
 
 class Device(Struct, frozen=True):
@@ -86,8 +104,8 @@ class Device(Struct, frozen=True):
         return f"<device, {self.state}, {'online' if self.online else 'offline'}>"
 
 
-Entry = tuple[bytes, bytes, str, PushType, bytes, bytes | None, float]
-"""An accepted notification as it is kept, for speed: id, token, topic, push type, payload, collapse id, when."""
+Entry = tuple[bytes, bytes, str, PushType, bytes, bytes | None, int | None, float]
+"""An accepted notification as it is kept, for speed: as `Received`, and when."""
 
 
 class Known(Struct):
@@ -123,6 +141,8 @@ class Devices:
         self._accepted: deque[Entry] = deque(maxlen=keep)
         self._arrived: deque[Entry] = deque(maxlen=keep)
         self._followers: list[Callable[[Shown], None]] = []
+        self._gone: dict[bytes, int] = {}
+        """What the feedback service lists."""
 
     # -- what there is -------------------------------------------------------------------------------------------
 
@@ -169,6 +189,33 @@ class Devices:
         found = [_device(token, known) for token, known in self._known.items()]
         others = dict.fromkeys(entry[1] for entry in self._accepted if entry[1] not in self._known)
         return found + [Device(DeviceToken(token.decode()), None, None) for token in others]
+
+    # -- what the feedback service lists --------------------------------------------------------------------------
+
+    @property
+    def feedback(self) -> list[Gone]:
+        """What the feedback service would list now: device tokens that the binary gateway was given in vain."""
+        return [Gone(DeviceToken(token.decode()), at) for token, at in self._gone.items()]
+
+    def add_feedback(self, tokens: Iterable[str], at: int) -> None:
+        """Have the feedback service list these device tokens as well, with this time (UNIX seconds).
+
+        Those that it lists already get the later of the two times. Raises Refused where one is none, and adds none.
+        """
+        if not 0 <= at < 1 << 32:
+            raise ValueError("`at` is from 0 to 4294967295: the service tells UNIX seconds in 32 bits")
+        for octets in [apns.check_token(token) for token in tokens]:
+            self._gone[octets] = max(at, self._gone.get(octets, 0))
+
+    def forget_feedback(self, told: Iterable[Gone] | None = None) -> None:
+        """Take these off the list, unless something newer is known of them; None: all of them."""
+        if told is None:
+            self._gone.clear()
+            return
+        for each in told:
+            octets = each.token.encode()
+            if self._gone.get(octets) == each.at:
+                del self._gone[octets]
 
     # -- what they got -------------------------------------------------------------------------------------------
 
@@ -235,6 +282,7 @@ class Devices:
 
     def _forget_devices(self) -> None:
         self._known.clear()
+        self._gone.clear()
         self.clear_received()
 
     def _find(self, token: str) -> Known:
@@ -261,7 +309,7 @@ def _device(token: bytes, known: Known) -> Device:
 
 
 def _received(entry: Entry) -> Received:
-    apns_id, token, topic, push_type, payload, collapse_id, _ = entry
+    apns_id, token, topic, push_type, payload, collapse_id, identifier, _ = entry
     return Received(
         apns_id.decode(),
         DeviceToken(token.decode()),
@@ -269,4 +317,5 @@ def _received(entry: Entry) -> Received:
         push_type,
         payload,
         None if collapse_id is None else collapse_id.decode("utf-8", "replace"),
+        identifier,
     )

@@ -4,6 +4,9 @@ A rule is for requests, and matches them by device token, app, connection, strea
 everything; or it is for connections as they open. The first rule that matches decides; a rule that has been used up is
 gone. Rules are plain data (`Rule`), which JSON can say as well.
 
+A simulator has up to three doors: HTTP/2, and the binary gateway and the feedback service of old. Frames of the gateway
+are requests like others. A rule looks at the doors that can do as its action says, or at the one that it names.
+
     apple.rejects(token, "Unregistered", since=1_700_000_000_000)
     apple.delays(0.02)
     apple.resets(token, ErrorCode.INTERNAL_ERROR)
@@ -16,6 +19,8 @@ gone. Rules are plain data (`Rule`), which JSON can say as well.
     apple.misbehaves(StopReading(), after=10, times=1)
     apple.misbehaves(Handshake("expired"), times=2)
     apple.misbehaves(GoAway("Shutdown"), opening=True)
+    apple.misbehaves(ErrorPacket(Status.INVALID_TOKEN), after=2, times=1)
+    apple.misbehaves(Trickle(1, 0.05), door="feedback", opening=True)
     apple.add_rule(msgspec.json.decode(b'{"action": {"kind": "trickle"}, "opening": true}', type=Rule))
 """
 
@@ -23,7 +28,7 @@ from __future__ import annotations
 
 import math
 import random
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 from msgspec import Struct
@@ -37,13 +42,18 @@ from heliograph.simulator.devices import check_topic
 _MAX_REASON_CHARS = 1000
 """A GOAWAY is one frame."""
 
+Door = Literal["http2", "legacy", "feedback"]
+
 
 class _Action(Struct, frozen=True, tag_field="kind", forbid_unknown_fields=True, omit_defaults=True):
     pass
 
 
 class Answer(_Action, frozen=True, tag="answer"):
-    """Say this where a 200 would have been due: what is wrong with a request is still found first."""
+    """Say this where a 200 would have been due: what is wrong with a request is still found first.
+
+    The binary gateway says it as it used to: a 410 by the feedback service only, others by the reason's error packet.
+    """
 
     status: int
     reason: str
@@ -94,17 +104,24 @@ class GoAway(_Action, frozen=True, tag="goaway"):
 
 
 class Close(_Action, frozen=True, tag="close"):
-    """Answer what came before, then close the connection without GOAWAY and without looking at the request."""
+    """Answer what came before, then close the connection without a word and without looking at the request.
+
+    The feedback service closes without its list, which it keeps.
+    """
 
 
 class Cut(_Action, frozen=True, tag="cut"):
-    """Act on the request, then break the connection off at once, without an answer: as networks fail."""
+    """Act on the request, then break the connection off at once, without an answer: as networks fail.
+
+    The gateway and the feedback service reset it.
+    """
 
 
 class Delay(_Action, frozen=True, tag="delay"):
     """Look at the request only after a while, and then do as `then` says.
 
-    What the client cancels meanwhile, or what ends with its connection, is not acted on.
+    What the client cancels meanwhile, or what ends with its connection, is not acted on. Frames of the binary protocol
+    stay in order: what came behind one waits for it.
     """
 
     seconds: float
@@ -113,6 +130,21 @@ class Delay(_Action, frozen=True, tag="delay"):
 
     def __post_init__(self) -> None:
         _check_not_negative(seconds=self.seconds)
+
+
+class ErrorPacket(_Action, frozen=True, tag="error-packet"):
+    """Say this, as Apple's binary gateway did, and close. Neither the frame nor what is behind it is taken."""
+
+    status: int
+    """One of `binary.Status`, or any other octet."""
+    identifier: int | None = None
+    """None: the frame's own; with status 10 (shutdown) that of the last one that was taken."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.status <= 255:
+            raise ValueError("`status` is from 0 to 255")
+        if self.identifier is not None and not 0 <= self.identifier < 1 << 32:
+            raise ValueError("`identifier` is from 0 to 4294967295")
 
 
 class StreamLimit(_Action, frozen=True, tag="stream-limit"):
@@ -185,12 +217,20 @@ class Handshake(_Action, frozen=True, tag="handshake"):
     how: Literal["silent", "closed", "alert", "expired", "other-name", "untrusted"]
 
 
-Immediate = Answer | Withhold | Reset | GoAway | Close | Cut
+Immediate = Answer | Withhold | Reset | GoAway | Close | Cut | ErrorPacket
 Setup = StreamLimit | StopReading | HoldWindows | Trickle
 """What lasts as long as the connection."""
 Action = Immediate | Delay | Setup | Handshake
-Opening = GoAway | Close | Cut | Setup | Handshake
+Opening = GoAway | Close | Cut | ErrorPacket | Setup | Handshake
 """What can become of a connection as it opens, when there is no request yet."""
+
+_ALL: frozenset[Door] = frozenset(get_args(Door))
+_HTTP2: frozenset[Door] = frozenset(("http2",))
+_DOORS: dict[type, frozenset[Door]] = {
+    **dict.fromkeys((Withhold, Reset, GoAway, StreamLimit, HoldWindows), _HTTP2),
+    ErrorPacket: frozenset(("legacy",)),
+}
+"""Where an action can be taken; others everywhere."""
 
 
 class Rule(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -218,6 +258,8 @@ class Rule(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """None: for ever."""
     opening: bool = False
     """Implied by an action that is for connections only."""
+    door: Door | None = None
+    """None: wherever the action is possible."""
 
     def __post_init__(self) -> None:
         try:
@@ -238,6 +280,14 @@ class Rule(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
                 raise ValueError("`then` needs a request: leave it or `opening` out")
             if self.token is not None or self.app is not None or self.stream is not None:
                 raise ValueError("a connection that opens has no `token`, `app` or `stream` yet: leave them out")
+        elif self.door == "feedback":
+            raise ValueError("nobody asks the feedback service for anything: add `opening`")
+        if not self.doors:
+            raise ValueError(
+                "this action and its `then` have no door in common"
+                if self.door is None
+                else f"this action, or `stream`, means nothing at the door {self.door}: leave `door` out"
+            )
 
     def __repr__(self) -> str:
         return f"<rule: {self.action}>"
@@ -247,16 +297,29 @@ class Rule(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
         """Whether it looks at connections as they open, not at requests."""
         return self.opening or isinstance(self.action, Handshake)
 
+    @property
+    def doors(self) -> frozenset[Door]:
+        """Where it looks."""
+        doors = _ALL if self.door is None else frozenset((self.door,))
+        if self.stream is not None:
+            doors &= _HTTP2
+        action: Action | None = self.action
+        while action is not None:
+            doors &= _DOORS.get(type(action), _ALL)
+            action = action.then if isinstance(action, Delay | Setup) else None
+        return doors
+
 
 class _Active:
     """A rule in use."""
 
-    __slots__ = ("after", "id", "rule", "start", "times", "token", "topics", "until")
+    __slots__ = ("after", "doors", "id", "rule", "start", "times", "token", "topics", "until")
 
     def __init__(self, id: int, rule: Rule) -> None:
         self.id = id
         self.rule = rule
         self.token = None if rule.token is None else apns.check_token(rule.token)
+        self.doors = rule.doors
         app = rule.app
         self.topics = None if app is None else frozenset(apns.topic_for(app, kind).encode() for kind in PushType)
         self.start = -math.inf if rule.start is None else rule.start
@@ -269,7 +332,8 @@ class _Active:
     def takes(self, seen: _Seen, dice: random.Random) -> bool:
         rule = self.rule
         if (
-            self.token not in (None, seen.token)
+            seen.door not in self.doors
+            or self.token not in (None, seen.token)
             or (self.topics is not None and seen.topic not in self.topics)
             or rule.connection not in (None, seen.connection)
             or rule.stream not in (None, seen.stream)
@@ -294,6 +358,7 @@ class _Seen(Struct, frozen=True):
     connection: int
     stream: int
     at: float
+    door: Door
 
 
 class Faults:
@@ -347,10 +412,11 @@ class Faults:
         after: int = 0,
         times: int | None = None,
         opening: bool = False,
+        door: Door | None = None,
     ) -> int:
         """Add a rule; what its fields mean is said at `Rule`. Its id. Raises ValueError."""
         return self.add_rule(
-            Rule(action, token, app, connection, stream, start, until, share, after, times, opening),
+            Rule(action, token, app, connection, stream, start, until, share, after, times, opening, door),
         )
 
     def behaves(self) -> None:
@@ -363,20 +429,22 @@ class Faults:
         """Whether there are rules for requests at all."""
         return bool(self._rules)
 
-    def find_fault(self, token: bytes, topic: bytes, connection: int, stream: int, now: float) -> Action | None:
+    def find_fault(
+        self, token: bytes, topic: bytes, connection: int, stream: int, now: float, door: Door = "http2"
+    ) -> Action | None:
         """What to do with this request, counted as done; None: nothing special.
 
         `token` is lower-case hex, `now` UNIX seconds.
         """
         if not self._rules:
             return None
-        return self._find_fault(self._rules, _Seen(token, topic, connection, stream, now))
+        return self._find_fault(self._rules, _Seen(token, topic, connection, stream, now, door))
 
-    def find_opening_fault(self, connection: int, now: float) -> Action | None:
+    def find_opening_fault(self, connection: int, now: float, door: Door = "http2") -> Action | None:
         """What to do with a connection that opens, counted as done; one of `Opening`. None: nothing special."""
         if not self._openings:
             return None
-        return self._find_fault(self._openings, _Seen(b"", b"", connection, 0, now))
+        return self._find_fault(self._openings, _Seen(b"", b"", connection, 0, now, door))
 
     def _find_fault(self, rules: list[_Active], seen: _Seen) -> Action | None:
         for place, active in enumerate(rules):

@@ -33,10 +33,12 @@ class Judged(Struct, frozen=True, omit_defaults=True):
     """None where the request was not judged."""
     reason: str | None = None
     fault: str | None = None
-    """`withheld`, `cut`: judged, not answered. `closed`: not judged. `reset`: judged or not, as `status` says."""
+    """`withheld`, `cut`: judged, not answered. `closed`, `error-packet`: not judged. `reset`: `status` says which."""
     code: int | None = None
-    """Of the reset."""
+    """Of the reset, or the status in the error packet that a frame of the binary gateway drew."""
     topic: str = ""
+    identifier: int | None = None
+    """As in `Received`. Then `stream` is the frame's place on its connection, counted from 1."""
 
 
 class Journal:
@@ -59,7 +61,13 @@ class Journal:
 
 
 def line_of(
-    now: float, connection: int, request: Request, verdict: Verdict | None, fault: str | None, code: int | None
+    now: float,
+    connection: int,
+    request: Request,
+    verdict: Verdict | None,
+    fault: str | None,
+    code: int | None,
+    identifier: int | None = None,
 ) -> Judged:
     """A request as the journal tells of it; `verdict` is None where it was not judged."""
     fields = dict(request.fields)
@@ -79,6 +87,7 @@ def line_of(
         fault,
         code,
         topic.decode("utf-8", "replace"),
+        identifier,
     )
 
 

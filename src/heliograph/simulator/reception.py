@@ -30,8 +30,9 @@ Treatment = Literal["silent", "closed", "alert"]
 class Welcome(Struct, frozen=True):
     """How to go on with a connection."""
 
-    tls: ssl.SSLContext
-    new_link: Callable[[], Link[ServerConnection]]
+    tls: ssl.SSLContext | None
+    """None: who is at the other end of `new_link` sees to it."""
+    new_link: Callable[[], asyncio.BaseProtocol]
 
 
 class Reception:
@@ -86,7 +87,8 @@ class Reception:
         try:
             if isinstance(how, Welcome):
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                await connect(how.new_link, connection, ssl=how.tls, ssl_handshake_timeout=HANDSHAKE_S)
+                patience = None if how.tls is None else HANDSHAKE_S
+                await connect(how.new_link, connection, ssl=how.tls, ssl_handshake_timeout=patience)
             elif how == "closed":
                 connection.close()
             else:

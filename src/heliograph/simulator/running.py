@@ -12,10 +12,13 @@ from msgspec import Struct, structs
 
 from heliograph.errors import ConfigError
 from heliograph.model import Environment, SigningKey
+from heliograph.net.clients import throwaway_client
 from heliograph.net.tls import Identity, good_until, throwaway_identity
+from heliograph.protocols.certificate import load
 from heliograph.protocols.provider_token import parse_signing_key
 from heliograph.simulator.control import Control, controlled
 from heliograph.simulator.faults import Rule
+from heliograph.simulator.legacy import Legacy
 from heliograph.simulator.reading import add_rules
 from heliograph.simulator.server import KEY_ID, TEAM_ID, Simulator, new_signing_key, open_private
 
@@ -29,6 +32,10 @@ class Running(Struct, frozen=True):
     control: Control
     ca_file: Path
     key_file: Path
+    client_file: Path | None
+    """A client certificate with its key, where there is a binary gateway."""
+    certificate_required: bool
+    """Whether clients of the gateway have to show that."""
 
 
 @asynccontextmanager
@@ -43,14 +50,18 @@ async def running(
     journal: Path | None = None,
     client_authorities: bytes | None = None,
     rules: Sequence[Rule] = (),
+    legacy: Legacy | None = None,
 ) -> AsyncIterator[Running]:
     """A simulator and its control API for as long as the block runs. Port 0 is any free one.
 
-    `client_authorities`: see `Simulator`. `rules`: how it misbehaves from the start. What clients need is written into
-    `folder`, or taken from there if it is there already. Raises ConfigError where the folder, a port or a rule cannot
-    be used.
+    `client_authorities` and `legacy`: see `Simulator`. `rules`: how it misbehaves from the start. What clients need is
+    written into `folder`, or taken from there if it is there already. Raises ConfigError where the folder, a port or a
+    rule cannot be used.
     """
     identity, key = _settle(folder)
+    client_file = None if legacy is None else folder / "client.pem"
+    if legacy is not None and client_file is not None:
+        legacy = structs.replace(legacy, client_pem=_settle_client(client_file, legacy.topic))
     simulator = Simulator(
         environment,
         strict=strict,
@@ -60,10 +71,18 @@ async def running(
         signing_key=key,
         journal=journal,
         client_authorities=client_authorities,
+        legacy=legacy,
     )
     async with simulator, controlled(simulator, control_port) as control:
         add_rules(simulator, rules)
-        yield Running(simulator, control, folder / "ca.pem", folder / _key_name())
+        yield Running(
+            simulator,
+            control,
+            folder / "ca.pem",
+            folder / _key_name(),
+            client_file,
+            legacy is not None and legacy.required,
+        )
 
 
 def _key_name() -> str:
@@ -92,6 +111,23 @@ def _settle(folder: Path) -> tuple[Identity, SigningKey]:
     except OSError as error:
         raise ConfigError(f"The folder {folder} cannot be used ({error.strerror}): name another one") from None
     return identity, key
+
+
+def _settle_client(path: Path, topic: str) -> bytes:
+    """The client certificate with its key in that file, made where it is not there. Raises ConfigError."""
+    try:
+        if not path.exists():
+            _write_private(path, throwaway_client(topic, datetime.now(UTC)))
+        pem = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"The file {path} cannot be used ({error.strerror}): name another folder") from None
+    try:
+        topics = load(pem).topics
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}; or remove it, and another is made") from None
+    if topic not in topics:
+        raise ConfigError(f"{path} is for {', '.join(topics)}, not for {topic}: name another folder, or remove it")
+    return pem
 
 
 def _write_private(path: Path, content: bytes) -> None:

@@ -13,19 +13,23 @@ from __future__ import annotations
 
 import ssl
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from heliograph.model import Environment, SigningKey
+from heliograph.net.clients import throwaway_client
 from heliograph.net.http2 import Link
 from heliograph.net.tls import Identity, server_context, throwaway_identity
 from heliograph.protocols.http2 import Limits, ServerConnection
 from heliograph.simulator.apple import KEEP, Apple
 from heliograph.simulator.connection import AppleConnection
-from heliograph.simulator.faults import Handshake, Rule
+from heliograph.simulator.faults import Action, Door, Handshake, Rule
 from heliograph.simulator.journal import Journal, Judged, open_private
+from heliograph.simulator.legacy import Legacy, LegacyDoors
 from heliograph.simulator.reception import Reception, Treatment, Welcome, bind, cannot_listen
 from heliograph.simulator.session import Session
 
@@ -66,6 +70,7 @@ class Simulator(Apple):
         keep: int = KEEP,
         journal: Path | None = None,
         client_authorities: bytes | None = None,
+        legacy: Legacy | None = None,
     ) -> None:
         """Port 0 is any free one. `identity` and `signing_key` are made where they are not given.
 
@@ -74,6 +79,7 @@ class Simulator(Apple):
         be idle. `strict`, `device_limit` and `keep`: see `Apple`.
         `journal`: a file that gets a JSON line (`Judged`) for each request, before it is answered.
         `client_authorities`: PEM. A client may show a certificate of theirs in place of provider tokens, and no other.
+        `legacy`: play the binary gateway and the feedback service as well.
 
         Raises ConfigError where key, identity, authorities, port or journal cannot be used: here, or from `async with`.
         """
@@ -89,12 +95,16 @@ class Simulator(Apple):
         self.streams = streams
         self.cuts_limit = cuts_limit
         self.connections = 0
-        """How many there have been, those that never got through the TLS handshake included."""
+        """How many there have been, at all doors, those that never got through the TLS handshake included."""
+        self.on_refused: Callable[[Door, str, str], None] = _ignore
+        """Told of clients that fail the TLS handshake of the gateway or the feedback service: address, and why."""
         self._limits = Limits(idle_s=idle_s, header_octets=_HEADER_OCTETS)
         self._client_authorities = client_authorities
         self._journal_path = journal
         self._journal: Journal | None = None
         self._reception: Reception | None = None
+        self._legacy_options = legacy
+        self._legacy: LegacyDoors | None = None
         self._tls: dict[str, ssl.SSLContext] = {}
         """By what is wrong with the certificate; "" is the right one."""
 
@@ -108,6 +118,27 @@ class Simulator(Apple):
     def ca_pem(self) -> bytes:
         """The authority that clients have to trust."""
         return self.identity.ca_pem
+
+    @property
+    def legacy_port(self) -> int | None:
+        """Of the binary gateway; None: there is none."""
+        return None if self._legacy is None else self._legacy.port
+
+    @property
+    def feedback_port(self) -> int | None:
+        """Of the feedback service; None: there is none."""
+        return None if self._legacy is None else self._legacy.feedback_port
+
+    @property
+    def topic(self) -> str | None:
+        """What clients of the binary gateway send to; None: there is none."""
+        return None if self._legacy_options is None else self._legacy_options.topic
+
+    @cached_property
+    def client_pem(self) -> bytes:
+        """A certificate with its key for clients of the binary gateway, most of which cannot start without one."""
+        options = self._legacy_options or Legacy()
+        return options.client_pem or throwaway_client(options.topic, datetime.now(UTC))
 
     def add_app(self, bundle_id: str, team_id: str | None = None) -> None:
         """As `Apple.add_app`; the team is that of `signing_key` where none is named."""
@@ -135,12 +166,24 @@ class Simulator(Apple):
             self._close_journal()
             raise cannot_listen("The simulator", self.host, self.port, error) from None
         self.port = self._reception.port
+        if self._legacy_options is not None:
+            try:
+                self._legacy = LegacyDoors(self, self._legacy_options, self._journal)
+                await self._legacy.start()
+            except BaseException:
+                await self._end()
+                raise
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
     ) -> None:
+        await self._end()
+
+    async def _end(self) -> None:
         assert self._reception is not None
+        if self._legacy is not None:
+            await self._legacy.aclose(_GRACE_S)
         await self._reception.aclose(_GRACE_S)
         self._close_journal()
 
@@ -151,9 +194,7 @@ class Simulator(Apple):
 
     def _receive(self) -> Welcome | Treatment:
         """What to do with the next connection."""
-        self.connections += 1
-        number = self.connections
-        action = self.find_opening_fault(number, time.time())
+        number, action = self.count_connection("http2")
         tls = self._tls[""]
         if isinstance(action, Handshake):
             match action.how:
@@ -169,18 +210,31 @@ class Simulator(Apple):
 
         return Welcome(tls, lambda: Link(new_session, self._new_core))
 
+    def count_connection(self, door: Door) -> tuple[int, Action | None]:
+        """A connection came: its number, and what is to become of it."""
+        self.connections += 1
+        return self.connections, self.find_opening_fault(self.connections, time.time(), door)
+
+    def faulty_identity(self, how: str) -> tuple[bytes, bytes]:
+        """PEM of a certificate with this fault, and of its key."""
+        identity = self.identity
+        pem = _faulty_certificate(identity, how)
+        if not pem:  # it was given without: what another authority made is at least as wrong
+            identity = throwaway_identity(datetime.now(UTC))
+            pem = _faulty_certificate(identity, how) or identity.certificate_pem
+        return pem, identity.key_pem
+
     def _faulty_tls(self, how: str) -> ssl.SSLContext:
         if how not in self._tls:
-            identity = self.identity
-            pem = _faulty_certificate(identity, how)
-            if not pem:  # it was given without: what another authority made is at least as wrong
-                identity = throwaway_identity(datetime.now(UTC))
-                pem = _faulty_certificate(identity, how) or identity.certificate_pem
-            self._tls[how] = server_context(pem, identity.key_pem)
+            self._tls[how] = server_context(*self.faulty_identity(how))
         return self._tls[how]
 
     def _new_core(self, now: float) -> ServerConnection:
         return AppleConnection(now, max_streams=self.first_streams, limits=self._limits)
+
+
+def _ignore(door: Door, address: str, why: str) -> None:
+    """Nobody wants to know."""
 
 
 def _faulty_certificate(identity: Identity, how: str) -> bytes:

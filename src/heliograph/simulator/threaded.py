@@ -14,7 +14,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, InvalidStateError
 from functools import wraps
 from pathlib import Path
@@ -25,6 +25,8 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 from heliograph.model import Environment
 from heliograph.protocols.provider_token import mint
 from heliograph.simulator.apple import KEEP, Received
+from heliograph.simulator.devices import Gone
+from heliograph.simulator.legacy import Legacy
 from heliograph.simulator.server import Simulator, open_private
 
 P = ParamSpec("P")
@@ -50,10 +52,18 @@ class ThreadedSimulator:
     """A `Simulator` that listens on loopback, from `with` on."""
 
     def __init__(
-        self, environment: Environment = Environment.PRODUCTION, *, strict: bool = False, port: int = 0
+        self,
+        environment: Environment = Environment.PRODUCTION,
+        *,
+        strict: bool = False,
+        port: int = 0,
+        legacy: Legacy | None = None,
     ) -> None:
-        """See `Simulator`. Raises ConfigError where the port is taken, from `with`."""
-        self._simulator = Simulator(environment, strict=strict, port=port)
+        """See `Simulator`; the binary gateway is there in any case.
+
+        Raises ConfigError where a port is taken, from `with`.
+        """
+        self._simulator = Simulator(environment, strict=strict, port=port, legacy=legacy or Legacy())
         self._thread = threading.Thread(target=self._run, name="heliograph simulator", daemon=True)
         self._started: Future[asyncio.AbstractEventLoop] = Future()
         self._over = False
@@ -71,15 +81,18 @@ class ThreadedSimulator:
             self._folder.cleanup()
             raise
         for path, content in ((self.ca_file, self.ca_pem), (self.key_file, self._simulator.signing_key.pem)):
-            file = open_private(path, os.O_TRUNC)
-            os.write(file, content)
-            os.close(file)
+            self._write(path, content)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join()
         self._folder.cleanup()
+
+    def _write(self, path: Path, content: bytes) -> None:
+        file = open_private(path, os.O_TRUNC)
+        os.write(file, content)
+        os.close(file)
 
     # -- what a client has to know -------------------------------------------------------------------------------
 
@@ -90,6 +103,20 @@ class ThreadedSimulator:
     @property
     def port(self) -> int:
         return self._simulator.port
+
+    @property
+    def legacy_port(self) -> int:
+        """Of the binary gateway, for clients of old."""
+        port = self._simulator.legacy_port
+        assert port is not None
+        return port
+
+    @property
+    def feedback_port(self) -> int:
+        """Of the feedback service."""
+        port = self._simulator.feedback_port
+        assert port is not None
+        return port
 
     @property
     def url(self) -> str:
@@ -110,6 +137,14 @@ class ThreadedSimulator:
     def key_file(self) -> Path:
         """The signing key as Apple hands it out, a .p8 file."""
         return Path(self._folder.name) / f"AuthKey_{self.key_id}.p8"
+
+    @property
+    def client_file(self) -> Path:
+        """A client certificate and its key, for clients of the binary gateway that cannot start without one."""
+        path = Path(self._folder.name) / "client.pem"
+        if not path.exists():
+            self._write(path, self._simulator.client_pem)
+        return path
 
     @property
     def key_id(self) -> str:
@@ -196,6 +231,17 @@ class ThreadedSimulator:
     remove_rule = _in_its_thread(Simulator.remove_rule)
     rules = _in_its_thread(Simulator.rules)
     reset = _in_its_thread(Simulator.reset)
+    forget_feedback = _in_its_thread(Simulator.forget_feedback)
+
+    @property
+    def feedback(self) -> list[Gone]:
+        """What the feedback service would list now."""
+        return self.ask(lambda apple: apple.feedback)
+
+    def add_feedback(self, tokens: Iterable[str], at: int | None = None) -> None:
+        """As `Simulator.add_feedback`; where no `at` is given, they are gone from now on."""
+        seconds = int(time.time()) if at is None else at
+        self.ask(lambda apple: apple.add_feedback(tokens, seconds))
 
     def unregister(self, token: str, since: int | None = None) -> None:
         """As `Simulator.unregister`; where no `since` is given, the app is gone from now on."""

@@ -57,6 +57,8 @@ class Watcher:
         )
 
     def _note(self, received: Received) -> str:
+        if received.identifier is not None:
+            return f"legacy, identifier {received.identifier}" if received.identifier else "legacy"
         if received.collapse_id is None:
             return ""
         key = received.token, received.collapse_id
@@ -102,6 +104,8 @@ def told(received: Received) -> dict[str, Any]:
         "topic": received.topic,
         "push_type": received.push_type,
         "collapse_id": received.collapse_id,
+        "door": received.door,
+        **({"identifier": received.identifier} if received.identifier else {}),
         **({"payload_base64": b64encode(received.payload).decode()} if payload is None else {"payload": Raw(payload)}),
     }
 
