@@ -46,9 +46,10 @@ ROOMS: dict[str, set[str]] = {
     "ports": {"model", *COMMON},
     "net": {"protocols", "model", *COMMON},  # model: a client certificate goes into a TLS context
     "keys": {"ports", "model", *COMMON},
+    "callers": {"ports", "protocols", "model", *COMMON},  # what clients show is a certificate or a provider token
     "relay": {"admission", "batches", "policy", "ports", "model", *COMMON},
     # the edges, which do not know one another
-    "doors": {"complaints", "keys", *BELOW, *COMMON},
+    "doors": {"callers", "complaints", "keys", *BELOW, *COMMON},
     "dashboard": {*BELOW, *COMMON},
     "carriers": {"net", "protocols", "ports", "model", *COMMON},  # ports: a carrier calls the port's Report
     "stores": {"ports", "batches", "model", *COMMON},
@@ -57,6 +58,7 @@ ROOMS: dict[str, set[str]] = {
     "django": {"client", *COMMON},
 }
 ROOMS["__main__"] = {"cli"}
+ROOMS["listeners"] = {"callers", "doors", "keys", *BELOW, *COMMON}
 ROOMS["service"] = ROOMS["cli"] = ROOMS["commands"] = {*ROOMS, "service", "commands"}
 
 PURE = {"reasons", "errors", "complaints", "model", "payload", "policy", "protocols", "batches", "admission"}

@@ -18,18 +18,22 @@ import click
 from heliograph import __version__
 from heliograph.commands.apps import app
 from heliograph.commands.buried import buried
+from heliograph.commands.callers import callers
 from heliograph.commands.completion import completion
 from heliograph.commands.configuration import config
 from heliograph.commands.credentials import credentials
 from heliograph.commands.demo import demo
 from heliograph.commands.doctor import doctor
 from heliograph.commands.keys import keys
+from heliograph.commands.legacy import legacy
 from heliograph.commands.listing import cancel, show_list
+from heliograph.commands.removals import removals
 from heliograph.commands.send import send
 from heliograph.commands.serve import serve
 from heliograph.commands.simulate import simulate
 from heliograph.commands.status import status
 from heliograph.commands.telling import FAILED, INTERRUPTED, colours, complain, tell_error, wants_json
+from heliograph.commands.why import why
 from heliograph.errors import HeliographError
 
 
@@ -109,12 +113,16 @@ for _command in (
     demo,
     send,
     status,
+    why,
     show_list,
     cancel,
     simulate,
     app,
     credentials,
     keys,
+    legacy,
+    callers,
+    removals,
     buried,
     config,
     doctor,

@@ -16,29 +16,37 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import structlog
 from msgspec import Struct
 
 from heliograph import crash
 from heliograph.apps import Directory, Instead
+from heliograph.callers import Callers
 from heliograph.carriers.apns import ApnsCarrier
 from heliograph.config import ApiSettings, Config, read_secret
 from heliograph.doors.api import Api
 from heliograph.doors.apps import AppsPart
+from heliograph.doors.callers import CallersPart
 from heliograph.doors.keys import KeysPart
 from heliograph.doors.notifications import Notifications
 from heliograph.doors.operations import Operations
+from heliograph.doors.removals import RemovalsPart
 from heliograph.doors.web import make_app
 from heliograph.errors import ConfigError, StoreError
 from heliograph.keys import PREFIX, Keyring
+from heliograph.model import App
 from heliograph.net.asgi import Server
 from heliograph.relay import Relay
 from heliograph.stores.sqlite import SqliteStore
 from heliograph.stores.sqlite_file import locked
 from heliograph.telemetry import Telemetry
+
+if TYPE_CHECKING:
+    from heliograph.listeners import Listeners
 
 DATABASE = "heliograph.db"
 """In the data folder."""
@@ -70,6 +78,8 @@ class Running(Struct, frozen=True):
     apps: Directory
     stop: asyncio.Event
     """Set: `run` comes to an end."""
+    ports: Mapping[tuple[str, ...], int]
+    """Of the other listeners, by the way to the setting: `("legacy", "main", "feedback_port")`."""
 
     def __repr__(self) -> str:
         return f"<server at {self.url}>"
@@ -192,17 +202,31 @@ async def serving(
             relay = Relay(store, store, carrier, apps, telemetry, clock=time.time)
             keyring = Keyring(key, store, clock=time.time)
             await keyring.load()
+            callers = Callers(store, apps, clock=time.time)
+            await callers.load()
             notifications = Notifications(relay, apps)
             keys = KeysPart(keyring, apps, clock=time.time)
-            door = Api((notifications, AppsPart(directory), keys), keyring)
+            parts = (
+                notifications,
+                AppsPart(directory),
+                keys,
+                CallersPart(callers, apps, clock=time.time),
+                RemovalsPart(store, apps, clock=time.time),
+            )
+            door = Api(parts, keyring)
             operations = Operations(relay, store, carrier, apps, telemetry, clock=time.time)
             server = Server(make_app(door, operations), answering_s=_ANSWERING_S)
+            listeners = None
+            if config.legacy or config.apple_proxy:
+                listeners = _listeners(config, relay, store, apps, keyring, callers, telemetry)
+                await listeners.start()
             async with asyncio.TaskGroup() as group:
                 working = group.create_task(relay.work())
                 settling = group.create_task(relay.settle())
                 now_and_then = [
                     group.create_task(_every(look_s, directory.look)),
                     group.create_task(_every(look_s, keyring.look)),
+                    group.create_task(_every(look_s, callers.look)),
                     group.create_task(_every(_HOUR_S, directory.warn)),
                     group.create_task(_purge(store, config.store.receipts_days)),
                 ]
@@ -217,10 +241,13 @@ async def serving(
                         "API",
                     )
                 try:
-                    yield Running(url, key.decode(), relay, directory, stop or asyncio.Event())
+                    ports = {} if listeners is None else listeners.ports
+                    yield Running(url, key.decode(), relay, directory, stop or asyncio.Event(), ports)
                 finally:
                     _log.info("stopping")
                     operations.stopping = True
+                    if listeners is not None:
+                        await listeners.aclose()
                     notifications.hurry()
                     server.should_exit = True
                     await asyncio.wait([web])
@@ -235,6 +262,21 @@ async def serving(
         finally:
             await store.aclose()
             _log.info("stopped")
+
+
+def _listeners(
+    config: Config,
+    relay: Relay,
+    store: SqliteStore,
+    apps: Mapping[str, App],
+    keyring: Keyring,
+    callers: Callers,
+    telemetry: Telemetry,
+) -> Listeners:
+    # Most have none, and need not wait for what they are made of.
+    from heliograph.listeners import Listeners
+
+    return Listeners(config, relay=relay, store=store, apps=apps, keyring=keyring, callers=callers, telemetry=telemetry)
 
 
 async def _every(seconds: float, do: Callable[[], Awaitable[None] | None]) -> None:

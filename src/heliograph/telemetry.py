@@ -119,6 +119,32 @@ class LaneMeter:
         return self._answers.items()
 
 
+class LegacyMeter:
+    """What is counted of a listener for clients of the binary protocol."""
+
+    __slots__ = ("_packets", "frames", "open", "refused", "window_s")
+
+    def __init__(self) -> None:
+        self._packets = Counts()
+        self.open = 0
+        """Connections at this moment."""
+        self.refused = 0
+        """Clients that were not let in."""
+        self.frames = 0
+        """Taken, and on disk."""
+        self.window_s = Histogram(COMMITS_S)
+        """From a frame's reading to when it is on disk."""
+
+    def answered(self, status: int) -> None:
+        """An error packet went out."""
+        self._packets.add((str(int(status)),))
+
+    @property
+    def packets(self) -> list[tuple[Labels, int]]:
+        """Error packets by status."""
+        return self._packets.items()
+
+
 class Standing(Struct, frozen=True):
     """What is at this moment."""
 
@@ -139,9 +165,11 @@ class Telemetry:
         self._taken = Counts()
         self._refused = Counts()
         self._requests = Counts()
+        self._proxied = Counts()
         self._opened = Counts()
         self._ended = Counts()
         self._failed = Counts()
+        self._legacy: dict[str, LegacyMeter] = {}
         self._registry.register(_Of(self._collect))
         ProcessCollector(registry=self._registry)
 
@@ -151,6 +179,10 @@ class Telemetry:
         if found is None:
             found = self._lanes[app, environment] = LaneMeter()
         return found
+
+    def legacy(self, listener: str) -> LegacyMeter:
+        """The meter of a listener for clients of the binary protocol."""
+        return self._legacy.setdefault(listener, LegacyMeter())
 
     def taken(self, app: str, count: int) -> None:
         self._taken.add((app,), count)
@@ -162,6 +194,10 @@ class Telemetry:
     def requested(self, status: int, code: str) -> None:
         """The HTTP side answered; `code` is the problem's, or empty."""
         self._requests.add((str(status), code))
+
+    def proxied(self, listener: str, status: int, reason: str, count: int) -> None:
+        """An Apple-shaped proxy answered; `reason` is Apple's word, or empty."""
+        self._proxied.add((listener, str(status), reason if reason in reasons.TABLE else ""), count)
 
     def connected(self, host: str) -> None:
         self._opened.add((host,))
@@ -201,6 +237,12 @@ class Telemetry:
             ("taken", "Notifications made durable", ("app",), self._taken),
             ("refused", "Notifications refused at admission, by reason", ("app", "reason"), self._refused),
             ("http_requests", "HTTP requests answered, by status and problem", ("status", "code"), self._requests),
+            (
+                "proxy_requests",
+                "Requests that Apple-shaped proxies answered",
+                ("listener", "status", "reason"),
+                self._proxied,
+            ),
             ("apns_connections_opened", "Connections to Apple that came about", ("host",), self._opened),
             ("apns_connections_ended", "Connections to Apple that ended, by why", ("host", "why"), self._ended),
             ("apns_connects_failed", "Attempts to connect to Apple that failed", ("host",), self._failed),
@@ -233,6 +275,8 @@ class Telemetry:
                 if histogram.count:
                     histogram.add_to(family, lane)
             yield family
+        if self._legacy:
+            yield from _of_legacy(list(self._legacy.items()))
 
 
 class _Of(Collector):
@@ -247,6 +291,34 @@ class _Of(Collector):
 
     def collect(self) -> Iterable[Metric]:
         return self._collect()
+
+
+def _of_legacy(meters: Sequence[tuple[str, LegacyMeter]]) -> Iterator[Metric]:
+    names = ("listener",)
+    yield _gauge(
+        "legacy_connections",
+        "Open connections of clients of the binary protocol",
+        names,
+        [((name,), meter.open) for name, meter in meters],
+    )
+    yield _counter(
+        "legacy_refused", "Clients that were not let in", names, [((name,), meter.refused) for name, meter in meters]
+    )
+    yield _counter(
+        "legacy_frames", "Frames taken, and on disk", names, [((name,), meter.frames) for name, meter in meters]
+    )
+    yield _counter(
+        "legacy_error_packets",
+        "Error packets by status",
+        (*names, "status"),
+        [((name, *labels), count) for name, meter in meters for labels, count in meter.packets],
+    )
+    family = HistogramMetricFamily(
+        "heliograph_legacy_window_seconds", "From a frame's reading to when it is on disk", labels=names
+    )
+    for name, meter in meters:
+        meter.window_s.add_to(family, (name,))
+    yield family
 
 
 def _counter(name: str, text: str, names: Labels, numbers: Iterable[tuple[Labels, int]]) -> CounterMetricFamily:

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
 from html import unescape
 from typing import Any, NamedTuple
+from urllib.parse import urlencode
 from uuid import uuid4
 
 import jsonschema_rs
@@ -214,11 +215,14 @@ def test_every_example_is_answered_as_it_should_be(served: Served) -> None:
         "deleteApp": "till",
         "getKey": made,
         "deleteKey": made,
+        "deleteCaller": contract.CALLER_ID,
     }
     for operation in contract.OPERATIONS:
         path = operation.path
         for value in named.get(operation.id, "").split("/"):
             path = re.sub(r"\{\w+\}", value, path, count=1)
+        given = {each.name: each.example for each in operation.parameters if each.where == "query" and each.example}
+        path += f"?{urlencode(given)}"
         for example in operation.examples or (None,):
             content = None if example is None else json.loads(json.dumps(example.value).replace(*in_json(served.pem)))
             answer = served.ask(operation.method, path, content)

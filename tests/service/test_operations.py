@@ -561,7 +561,10 @@ async def test_push_types_of_one_batch_are_counted_apart(tmp_path: Path, apple: 
 
 async def test_who_sends_without_the_queue_is_counted_too(tmp_path: Path, apple: Simulator) -> None:
     async with open_house(tmp_path, apple) as house:
-        await house.relay.send(APP, PRODUCTION, HEADERS, token(1).encode(), PAYLOAD)
+        told = asyncio.get_running_loop().create_future()
+        courier = house.relay.courier(APP, PRODUCTION, lambda *what: told.set_result(what))
+        courier.send(HEADERS, token(1).encode(), PAYLOAD, None, 1)
+        await told
         found = read((await operations(house).metrics()).body.decode())
     assert found[f"heliograph_answers_total{{app={APP},environment=production,outcome=accepted,push_type=alert}}"] == 1
 

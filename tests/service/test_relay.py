@@ -15,7 +15,7 @@ import structlog
 
 from heliograph import batches
 from heliograph.carriers.apns import ApnsCarrier, Endpoint, PoolSettings, Route
-from heliograph.errors import NotConnected, Refused, StoreError
+from heliograph.errors import Refused, StoreError
 from heliograph.model import Access, App, Batch, Detail, Environment, Headers, LeaseEnd, Outcomes, PushType, State
 from heliograph.net.tls import client_context
 from heliograph.protocols.http2 import ErrorCode
@@ -300,30 +300,6 @@ async def _limit_pages(store: SqliteStore, pages: int | None) -> None:
     await store._writer.run(
         lambda db, calls: [db.pragma("max_page_count", pages or db.pragma("page_count")) for _ in calls], None
     )
-
-
-async def test_send_returns_apples_answer_for_one_and_for_many_at_once(house: House) -> None:
-    house.apple.unregister(token(2), 1_700_000_000_000)
-    answers = [
-        await house.relay.send(APP, Environment.PRODUCTION, HEADERS, token(number).encode(), PAYLOAD)
-        for number in range(4)
-    ]
-    assert [(answer.status, answer.reason) for answer in answers] == [
-        (200, None),
-        (200, None),
-        (410, "Unregistered"),
-        (200, None),
-    ]
-
-
-async def test_send_says_when_nobody_can_be_asked(tmp_path: Path) -> None:
-    async with Simulator() as gone:
-        pass
-    settings = PoolSettings(patience_s=0.2, backoff_s=0.1)
-    async with open_house(tmp_path, gone, settings=settings) as house:
-        with pytest.raises(NotConnected, match="cannot connect") as caught:
-            await house.relay.send(APP, Environment.PRODUCTION, HEADERS, token(1).encode(), PAYLOAD)
-        assert not caught.value.unknown
 
 
 _LARGE = b'{"aps":{},"x":"' + b"x" * 400 + b'"}'

@@ -178,7 +178,12 @@ def test_token_from_the_future_is_invalid_beyond_the_tolerance() -> None:
         (b"[" * 3000, CLAIMS),
         (HEADER, {"iss": TEAM_ID}),
         (HEADER, {"iat": ISSUED_AT}),
-        (HEADER, CLAIMS | {"iat": str(ISSUED_AT)}),
+        (HEADER, CLAIMS | {"iat": f"{ISSUED_AT}.5"}),
+        (HEADER, CLAIMS | {"iat": f"-{ISSUED_AT}"}),
+        (HEADER, CLAIMS | {"iat": "1e9"}),
+        (HEADER, CLAIMS | {"iat": "9" * 5000}),
+        (HEADER, CLAIMS | {"iat": ""}),
+        (HEADER, CLAIMS | {"iat": 1e300}),
         (HEADER, CLAIMS | {"iat": True}),
         (HEADER, CLAIMS | {"iat": None}),
         (HEADER, CLAIMS | {"iat": 10**40}),
@@ -189,6 +194,14 @@ def test_token_from_the_future_is_invalid_beyond_the_tolerance() -> None:
 )
 def test_token_that_apple_would_not_take_is_invalid_though_its_signature_fits(header: Any, claims: Any) -> None:
     assert refused(signed(header, claims)) == "InvalidProviderToken"
+
+
+@pytest.mark.parametrize("iat", [ISSUED_AT + 0.75, float(ISSUED_AT), str(ISSUED_AT)])
+def test_time_of_issue_may_have_a_fraction_or_be_a_string_as_apple_takes_it(iat: float | str) -> None:
+    token = signed(HEADER, CLAIMS | {"iat": iat})
+    assert verify(token, find_key, ISSUED_AT + 3600) == Claims(KEY_ID, TEAM_ID, ISSUED_AT)
+    assert refused(token, ISSUED_AT + 3601) == "ExpiredProviderToken"
+    assert refused(token, ISSUED_AT - FUTURE_TOLERANCE_S - 1) == "InvalidProviderToken"
 
 
 def test_unsigned_token_is_invalid() -> None:

@@ -11,8 +11,9 @@ from heliograph import reasons
 from heliograph.doors.receipts import meaning, receipt_body
 from heliograph.model import DeviceToken, Environment, PushType, Receipt, State
 
-OWN = (None, "NotProcessed", "NoAnswer", "TooLate", "Unreadable")
+OWN = (None, "NotProcessed", "NoAnswer", "SentBefore", "TooLate", "Unreadable")
 WHY = "cannot connect to api.push.apple.com:443: timed out"
+ID = "01a1fdfa-4600-7d52-9e31-5a4cf08b0001"
 NOW = 1_795_262_400.0
 
 
@@ -68,6 +69,17 @@ def test_every_state_says_something_of_its_own_and_what_to_do(state: State) -> N
         (receipt(State.BURIED, "NotProcessed", why=WHY), "api.push.apple.com:443: timed out."),
         (receipt(State.BURIED, "Unreadable"), "send it anew"),
         (receipt(State.CANCELLED, "ServiceUnavailable", 503), "503 ServiceUnavailable"),
+        (receipt(State.CANCELLED, connection="main-9f31c2-17"), "before it on its connection was refused"),
+        (
+            receipt(State.CANCELLED, "NotProcessed", why=WHY, connection="main-9f31c2-17"),
+            "before it on its connection was",
+        ),
+        (receipt(State.CANCELLED, "ServiceUnavailable", 503, connection="main-9f31c2-17"), "503 ServiceUnavailable"),
+        (receipt(State.CANCELLED, "SentBefore"), "It had gone out before, and its client sent it again"),
+        (
+            receipt(State.CANCELLED, "SentBefore", why=f"it is {ID}", connection="main-9f31c2-17"),
+            f"before as {ID}, and",
+        ),
         (receipt(State.UNKNOWN, "NoAnswer", why=WHY), "Apple may have taken it or not"),
     ],
 )
@@ -89,6 +101,9 @@ def test_a_receipt_as_json_tells_all_of_it() -> None:
         token=DeviceToken("00ff"),
         collapse_id="a",
         expiration=0,
+        connection="main-9f31c2-17",
+        identifier=0xFFFFFFFF,
+        apns_id=ID,
     )
     assert msgspec.json.decode(msgspec.json.encode(receipt_body(whole))) == {
         "id": "x",
@@ -110,6 +125,9 @@ def test_a_receipt_as_json_tells_all_of_it() -> None:
         "next_attempt_at": None,
         "unregistered_at": "2026-11-21T12:00:00.123Z",
         "unique_id": None,
+        "connection": "main-9f31c2-17",
+        "identifier": 0xFFFFFFFF,
+        "apns_id": ID,
     }
     assert "00ff" not in repr(whole)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from msgspec.structs import replace
 
 from heliograph.batches import make_batches, notification_id
 from heliograph.carriers.apns.backlog import SMALL, Backlog
@@ -134,3 +135,56 @@ def test_nothing_of_what_is_gone_is_kept() -> None:
     _work, count = backlog.offer(1000)
     backlog.take(count)
     assert (backlog.waiting, backlog._alone, backlog._parts) == (0, {}, {})
+
+
+OWN = [f"{number:08x}-1111-4000-8000-000000000000" for number in range(6)]
+
+
+def with_own_ids(batch: Batch, *indices: int) -> Batch:
+    return replace(batch, apns_ids={index: OWN[index] for index in indices})
+
+
+def sent_ids(work: Slice, count: int) -> list[bytes]:
+    requests = work.requests(TEMPLATE, count)
+    assert len({len(each) for each in requests.suffixes}) == 1, "of one length, as one template wants them"
+    return [requests.prefixes[0] + suffix for suffix in requests.suffixes]
+
+
+@pytest.mark.parametrize("indices", [range(5), [0, 2, 4]], ids=["in a row", "picked"])
+def test_callers_own_ids_are_sent_in_place_of_ours_and_all_go_together(indices: range | list[int]) -> None:
+    batch = with_own_ids(batch_of(1, 5), 0, 1, 4)
+    (work,) = slices(batch, indices, 1 << 16, 1.0)
+    ours = [notification_id(batch.id, index) for index in range(5)]
+    wanted = [OWN[index] if index in (0, 1, 4) else ours[index] for index in indices]
+    assert sent_ids(work, len(indices)) == [each.encode() for each in wanted]
+
+
+def test_own_id_is_the_collapse_id_where_the_id_is() -> None:
+    batch = with_own_ids(batch_of(1, 2, Headers("com.example", collapse_on_id=True)), 0, 1)
+    assert slice_of(batch, 1, 0, 1).prefixes == (b"", b"")
+
+
+@pytest.mark.parametrize("size", [1, 5])
+def test_what_has_an_id_of_its_callers_is_taken_back_by_the_id_of_its_batch(size: int) -> None:
+    backlog = Backlog()
+    for number in range(3):
+        put(backlog, slice_of(with_own_ids(batch_of(number, size), 0), number, *range(size)))
+    assert not backlog.withdraw({OWN[0][:32].encode(): {0}})
+    assert backlog.withdraw({batch_of(1).id.encode(): {0}}) == [1 << 16]
+    assert backlog.waiting == 3 * size - 1
+    left = [sent_ids(work, work.left) for work in backlog.pop_all()]
+    assert sum(map(len, left)) == 3 * size - 1
+    assert sum(each.count(OWN[0].encode()) for each in left) == 2
+    assert (backlog._alone, backlog._parts) == ({}, {})
+
+
+def test_single_ones_with_and_without_own_ids_go_together() -> None:
+    backlog = Backlog()
+    for number in range(4):
+        batch = batch_of(number)
+        put(backlog, slice_of(with_own_ids(batch, 0) if number % 2 else batch, number, 0))
+    work, count = backlog.offer(1000)
+    ours = [notification_id(batch_of(number).id, 0).encode() for number in (0, 2)]
+    assert sent_ids(work, count) == [ours[0], OWN[0].encode(), ours[1], OWN[0].encode()]
+    backlog.take(count)
+    assert (backlog._alone, backlog._parts) == ({}, {})

@@ -42,6 +42,7 @@ def _time(_: click.Context, __: click.Parameter, given: str | None) -> str | Non
 @click.option("--token", help="To this device token.")
 @click.option("--topic", help="With this topic.")
 @click.option("--push-type", shell_complete=complete_push_type, help="Of this push type.")
+@click.option("--connection", metavar="NAME", help="Brought by this connection, as main-9f31c2-17.")
 @click.option("--since", metavar="TIME", callback=_time, help="Taken then or later: 2h (ago), 2026-11-21T12:00:00Z.")
 @click.option("--until", metavar="TIME", callback=_time, help="Taken before.")
 @click.option("--cursor", metavar="ID", help="Go on there: an earlier list said where, when there was more.")

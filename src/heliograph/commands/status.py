@@ -29,6 +29,9 @@ _FACTS = {
     "next attempt": "next_attempt_at",
     "gone since": "unregistered_at",
     "unique id": "unique_id",
+    "connection": "connection",
+    "identifier": "identifier",
+    "apns-id": "apns_id",
 }
 """What is shown of a receipt, by what it is called for people."""
 

@@ -12,7 +12,7 @@ from typing import Any
 from msgspec import Struct, to_builtins
 
 from heliograph import reasons
-from heliograph.doors import apps, decoding, keys, notifications, queries
+from heliograph.doors import apps, callers, decoding, keys, notifications, queries, removals
 from heliograph.doors.answers import (
     AppBody,
     AppsBody,
@@ -87,11 +87,21 @@ TAGS = {
     "Buried": "What was given up on after a day. It is kept for people to look at, and to have sent again.",
     "Apps": "What is sent to, with which credentials. Apps come and go without a restart.",
     "API keys": "Who may do what here, for which apps.",
+    "Callers": "Whose certificates and signing keys open the doors for old scripts and other people's libraries.",
+    "Removals": "Device tokens that Apple calls dead, and those that were registered again.",
     "Operations": "For load balancers, for Prometheus and for people. None of them needs an API key.",
 }
 
 PRIVATE_KEY = "-----BEGIN PRIVATE KEY-----\n...\n-----END PRIVATE KEY-----\n"
 """Stands in examples for what is in the .p8 file."""
+
+PUBLIC_KEY = (
+    "-----BEGIN PUBLIC KEY-----\n"
+    "MFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEQTlKgWMbq0D2nYjea5i8reCYlLu+\n"
+    "m3hFWLazdSEzu5Sttnnl0TEQLIF+hxsXeZPQ/vL924B0P75Iuc01ucM0/g==\n"
+    "-----END PUBLIC KEY-----\n"
+)
+"""Of nobody; stands in examples."""
 
 _SEND = frozenset({Scope.SEND})
 _READ = frozenset({Scope.READ})
@@ -102,6 +112,7 @@ _TOKEN = "4f1cab8d02e6b7395d48c1f0a9e35b6724d8f01c9b3ea6570d12c84f6be9a305"  # n
 _OTHER_TOKEN = "b7d90c3e51a8f24679ce0b1d83f5a2460e97c4d1853bfa60297dc1e84f30b56a"  # noqa: S105
 ID = "01a1fdfa-4600-7d52-9e31-5a4cf08b0001"
 KEY_ID = "0b5cfe52"
+CALLER_ID = "DEF123GHIJ.HIJ456KLMN"
 """These stand in examples for ids that answers give."""
 _OTHER_ID = "01a1fdfa-4600-7d52-9e31-5a4cf08b0002"
 
@@ -162,6 +173,24 @@ _KEY = {
     "expires_at": "2027-11-21T12:00:00Z",
 }
 
+_CALLER = {
+    "id": CALLER_ID,
+    "kind": "signing key",
+    "name": "mail robot",
+    "app": "shop",
+    "environment": None,
+    "topic": None,
+    "ends_at": None,
+    "created_at": "2026-11-21T12:00:00Z",
+}
+_REMOVAL = {
+    "token": _TOKEN,
+    "app": "shop",
+    "environment": "production",
+    "since": "2026-11-21T12:00:00Z",
+    "number": 4711,
+}
+
 _NOTIFICATION_ID = Parameter("id", "path", "The notification's id, as the answer to its request gave it.", {}, ID)
 _APP_NAME = Parameter("name", "path", "The app's name.", {"pattern": "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"}, "shop")
 _CREDENTIAL = {"pattern": "^([A-Z0-9]{10}|[0-9a-f]{16})$"}
@@ -169,7 +198,9 @@ _KEY_NAMED = Parameter("id", "path", "The key's id: what stands between `hg_` an
 _LIMIT = Parameter(
     "limit", "query", "How many.", {"type": "integer", "minimum": 1, "maximum": queries.MAX_PAGE, "default": 100}
 )
+_NUMBER = {"pattern": "^[0-9]{1,18}$"}
 _LOCATION = {"Location": "Where it is."}
+_FOR_REMOVAL = {"Location": "Where it is, to be removed."}
 _REPLAYED = {"Idempotency-Replayed": "`true` where it was taken before, and is only told again."}
 _RECEIPT_LINK = {
     "receipt": {
@@ -333,6 +364,7 @@ OPERATIONS = (
             Parameter("push_type", "query", "With this push type.", {"enum": list(PushType)}),
             Parameter("since", "query", "Taken then or later: a time (RFC 3339), or UNIX seconds.", {}),
             Parameter("until", "query", "Taken before: as `since`.", {}),
+            Parameter("connection", "query", "Brought by this connection, as receipts and log lines name it.", {}),
             _LIMIT,
             Parameter("cursor", "query", "Go on where the former page ended: its `next`.", {}),
         ),
@@ -345,6 +377,9 @@ OPERATIONS = (
         path=f"{notifications.PATH}/{{id}}",
         tag="Notifications",
         summary="See what became of a notification",
+        description=(
+            "Where its sender chose an `apns-id`, that finds it as well; of several with the same one, the last."
+        ),
         scopes=_SEND | _READ,
         parameters=(_NOTIFICATION_ID,),
         replies=(Reply(200, "Its receipt.", (ReceiptBody,), _RECEIPT),),
@@ -643,6 +678,136 @@ OPERATIONS = (
         codes=("UnknownKey",),
     ),
     Operation(
+        id="listCallers",
+        method="GET",
+        path=callers.PATH,
+        tag="Callers",
+        summary="List the callers",
+        description="Oldest first.",
+        scopes=_MANAGE,
+        replies=(
+            Reply(200, "Those of all apps that the API key is for.", (callers.CallersBody,), {"callers": [_CALLER]}),
+        ),
+    ),
+    Operation(
+        id="addCaller",
+        method="POST",
+        path=callers.PATH,
+        tag="Callers",
+        summary="Register a caller",
+        description=(
+            "A client that has no API key shows a certificate in its TLS handshake, or a provider token that it signs "
+            "with a key of its own. Register the public half of it here, as PEM, and the doors know it. It opens "
+            "nothing at Apple: there the app's own credentials are used. Of a certificate nothing but its fingerprint "
+            "counts, so that one that ended years ago does as well.\n\n"
+            "What is registered for the same app again is changed; for another app it is refused."
+        ),
+        scopes=_MANAGE,
+        body=callers.NewCaller,
+        examples=(
+            Example(
+                "key",
+                "Who signs provider tokens with a key of its own",
+                {
+                    "app": "shop",
+                    "name": "mail robot",
+                    "public_key": PUBLIC_KEY,
+                    "key_id": "HIJ456KLMN",
+                    "team_id": "DEF123GHIJ",
+                },
+            ),
+        ),
+        replies=(
+            Reply(200, "It was known, and is changed.", (callers.CallerBody,), _CALLER, _FOR_REMOVAL),
+            Reply(
+                201,
+                "It is known now.",
+                (callers.CallerBody,),
+                _CALLER,
+                _FOR_REMOVAL,
+                {
+                    "remove": {
+                        "operationId": "deleteCaller",
+                        "parameters": {"id": "$response.body#/id"},
+                        "description": "Its end.",
+                    }
+                },
+            ),
+        ),
+        codes=(
+            "AmbiguousRequest",
+            "AppNotAllowed",
+            "BadCaller",
+            "BadEnvironment",
+            "CallerTaken",
+            "MissingApp",
+            "MissingTopic",
+            "TopicDisallowed",
+            "UnknownApp",
+            "UnknownEnvironment",
+        ),
+    ),
+    Operation(
+        id="deleteCaller",
+        method="DELETE",
+        path=f"{callers.PATH}/{{id}}",
+        tag="Callers",
+        summary="Remove a caller",
+        description="It opens nothing any more from the answer on; connections that are open stay so.",
+        scopes=_MANAGE,
+        parameters=(Parameter("id", "path", "The caller's id.", {}, CALLER_ID),),
+        replies=(Reply(200, "It is removed.", (Removed,), {"removed": CALLER_ID}),),
+        codes=("UnknownCaller",),
+    ),
+    Operation(
+        id="listRemovals",
+        method="GET",
+        path=removals.PATH,
+        tag="Removals",
+        summary="Read which device tokens are dead",
+        description=(
+            "Those that Apple calls dead (410), in the order in which that came to be known. Reading consumes nothing: "
+            "keep `next`, send it as `after`, and the answer has what came since, be it right away, as long as pages "
+            "are full, or in an hour. A removal is forgotten 180 days after Apple's word."
+        ),
+        scopes=_READ,
+        parameters=(
+            Parameter("app", "query", "Of this app. Default: the only one.", {}, "shop"),
+            Parameter("environment", "query", "Of this environment only.", {"enum": list(Environment)}),
+            Parameter("after", "query", "The `next` of the former answer; none: from the beginning.", _NUMBER),
+            _LIMIT,
+        ),
+        replies=(Reply(200, "A page of them.", (removals.RemovalsBody,), {"removals": [_REMOVAL], "next": "4711"}),),
+        codes=("AppNotAllowed", "BadParameter", "MissingApp", "UnknownApp", "UnknownParameter"),
+    ),
+    Operation(
+        id="register",
+        method="POST",
+        path=removals.REGISTRATIONS_PATH,
+        tag="Removals",
+        summary="Say that device tokens were registered",
+        description=(
+            "An app that starts registers, and may get a device token that was dead before. Sent here, it is sent to "
+            "again, unless Apple called it dead after that moment. A device token that was never held back needs no "
+            "registration, and it does no harm."
+        ),
+        scopes=_SEND,
+        body=removals.NewRegistrations,
+        examples=(Example("two", "Two of them", {"app": "shop", "tokens": [_TOKEN, _OTHER_TOKEN]}),),
+        replies=(Reply(200, "It is on disk.", (removals.Revived,), {"revived": 1}),),
+        codes=(
+            "AppNotAllowed",
+            "BadDeviceToken",
+            "BadEnvironment",
+            "BadRegistration",
+            "MissingApp",
+            "MissingDeviceToken",
+            "TooManyNotifications",
+            "UnknownApp",
+            "UnknownEnvironment",
+        ),
+    ),
+    Operation(
         id="getHealth",
         method="GET",
         path="/healthz",
@@ -734,6 +899,12 @@ LIMITS: dict[type, dict[str, dict[str, Any]]] = {
         "scopes": {"minItems": 1},
         "apps": {"minItems": 1},
         "expires_in_days": {"exclusiveMinimum": 0, "maximum": keys.MAX_DAYS},
+    },
+    callers.NewCaller: {
+        "name": {"minLength": 1, "maxLength": callers.MAX_NAME},
+    },
+    removals.NewRegistrations: {
+        "tokens": {"minItems": 1, "maxItems": removals.MAX_TOKENS},
     },
     Reason: {
         "since": {"format": "date-time"},

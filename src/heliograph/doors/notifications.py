@@ -8,12 +8,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from functools import partial
 
 from msgspec.json import encode
 
-from heliograph.complaints import shown
 from heliograph.doors import columns, decoding, queries, taking
 from heliograph.doors.answers import BuriedBody, Cancelled, NotificationsBody, OneTaken, Replayed
 from heliograph.doors.api import RETRY_S, Call, Route, Routes, busy
@@ -115,7 +114,7 @@ class Notifications:
     async def _take(self, call: Call, key: bytes | None, body: bytes) -> _Answered:
         request = columns.read(body)
         wait_s = _wait_s(call.exchange, request.post.wait, single=request.single)
-        app = self._choose_app(call, request.post.app)
+        app = queries.choose_app(call.caller, self._apps, request.post.app)
         relay, wanted, some = self._relay, request.columns, bool(request.post.partial)
         admitted = await relay.admit(
             app, request.post.environment, wanted.headers, wanted.tokens, wanted.payloads, partial=some
@@ -126,19 +125,6 @@ class Notifications:
         taken = taking.take_down(admitted.batches, single=request.single, wrong=wrong)
         await relay.enqueue(admitted.batches, None if key is None else taking.keep(key, body, taken))
         return taken, wait_s, False
-
-    def _choose_app(self, call: Call, named: str | None) -> str:
-        if named is None:
-            known = [app for app in self._apps if call.caller.may_use(app)]
-            if len(known) != 1:
-                raise Refused("MissingApp", _which(known, call.caller.apps), field="app")
-            return known[0]
-        if not call.caller.may_use(named):
-            raise queries.app_not_allowed(named)
-        if named not in self._apps:
-            names = ", ".join(sorted(filter(call.caller.may_use, self._apps))) or "none"
-            raise Refused("UnknownApp", f"There is no app {shown(named)!r}. Known apps: {names}.", field="app")
-        return named
 
     async def _outcome(self, call: Call, notification_id: str, wait_s: float) -> Receipt | None:
         """The receipt as it is after the wait. None where it cannot be read: what was taken is taken all the same."""
@@ -235,14 +221,6 @@ _REPLAYED = ((b"idempotency-replayed", b"true"),)
 def _named(call: Call) -> str:
     """The id that the path names."""
     return call.exchange.path.rpartition("/")[2]
-
-
-def _which(known: Sequence[str], allowed: Collection[str] | None) -> str:
-    """What to do where no app was named; `known` are those that the caller may use, `allowed` those its key names."""
-    if known:
-        return f"Say which app: there are {', '.join(sorted(known))}."
-    none = "no app yet" if allowed is None else "none yet of the apps that this API key is for"
-    return f"There is {none}: add an [apps.NAME] to the server's configuration, or use `heliograph app add`."
 
 
 def _unknown() -> Problem:

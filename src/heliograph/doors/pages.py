@@ -15,6 +15,7 @@ from hashlib import sha256
 from html import escape
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import msgspec
 
@@ -326,8 +327,11 @@ def _replies(operation: Schema) -> Iterator[str]:
 
 
 def _curl(method: str, path: str, operation: Schema, body: Any) -> str:
-    for each in operation.get("parameters", ()):
+    given = operation.get("parameters", ())
+    for each in given:
         path = path.replace(f"{{{each['name']}}}", str(each.get("example", "")))
+    query = urlencode({each["name"]: each["example"] for each in given if each["in"] == "query" and "example" in each})
+    path += f"?{query}" if query else ""
     name = "" if method in ("get", "post") else f" -X {method.upper()}"
     parts = [f'curl{name} "$HELIOGRAPH_URL{path}"']
     if any(openapi.SECURITY in each for each in operation["security"]):

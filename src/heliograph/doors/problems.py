@@ -84,6 +84,12 @@ _OF_API: tuple[tuple[str, tuple[int, ...], str, str], ...] = (
         "Use a key that is for the app, or one that is for all; `GET /v1/keys/self` says what yours is for.",
     ),
     ("BadApp", (400,), "What was sent makes no app.", "The detail says what to change."),
+    (
+        "BadCaller",
+        (400,),
+        "What was sent makes no caller: its certificate, public key, ids or name are not what they can be.",
+        "The detail says what to change.",
+    ),
     ("BadEnvironment", (400,), "`environment` has a value that it cannot have.", "The detail lists those that it can."),
     (
         "BadIdempotencyKey",
@@ -103,6 +109,12 @@ _OF_API: tuple[tuple[str, tuple[int, ...], str, str], ...] = (
         "A parameter of the query has a value that it cannot have.",
         "The detail says which it can have; a cursor is sent as the former page gave it.",
     ),
+    (
+        "BadRegistration",
+        (400,),
+        "What was sent tells of no registration: there are no device tokens, or their time is in the future.",
+        "The detail says what to change.",
+    ),
     ("BadType", (400,), "A member has a value of the wrong type.", "The detail says which type is wanted."),
     (
         "BadWait",
@@ -118,6 +130,12 @@ _OF_API: tuple[tuple[str, tuple[int, ...], str, str], ...] = (
             "looked through at a time. The body was not read and nothing was taken."
         ),
         "Try again after `Retry-After` seconds.",
+    ),
+    (
+        "CallerTaken",
+        (409,),
+        "The certificate or signing key is that of a caller of another app. Nothing was changed.",
+        "Remove it there first, or give the client one of its own: `heliograph legacy certificate` makes certificates.",
     ),
     ("ConfiguredApp", (409,), "The app is in the server's configuration file.", "Change it there, then send SIGHUP."),
     (
@@ -181,7 +199,7 @@ _OF_API: tuple[tuple[str, tuple[int, ...], str, str], ...] = (
     (
         "RequestTooLarge",
         (413,),
-        "The body is longer than the path takes: 8 MB for notifications, 512 kB for an app.",
+        "The body is longer than the path takes: 8 MB for notifications, 1 MB for registrations, 512 kB for an app.",
         "Send several requests, or less.",
     ),
     (
@@ -193,7 +211,7 @@ _OF_API: tuple[tuple[str, tuple[int, ...], str, str], ...] = (
     (
         "TooManyNotifications",
         (413,),
-        "One request takes 10,000 notifications, or 1,000 ids.",
+        "One request takes 10,000 notifications, or 1,000 ids or device tokens.",
         "Send several requests.",
     ),
     (
@@ -206,6 +224,12 @@ _OF_API: tuple[tuple[str, tuple[int, ...], str, str], ...] = (
         ),
     ),
     ("UnknownApp", (400, 404), "There is no such app.", "The detail lists those that there are."),
+    (
+        "UnknownCaller",
+        (404,),
+        "There is no caller with this id, or it is of an app that the API key is not for.",
+        "Name it by its whole id; `GET /v1/callers` lists those that there are.",
+    ),
     (
         "UnknownCredential",
         (404,),
@@ -260,6 +284,14 @@ _OF_RECEIPTS: tuple[tuple[str, tuple[int, ...], str], ...] = (
         (
             "Apple certainly did not act on it: it could not be reached, or refused the stream. `meaning` says why. It "
             "is sent again, and that does not count as an attempt."
+        ),
+    ),
+    (
+        "SentBefore",
+        (),
+        (
+            "A client of the binary protocol sent it again after an error packet, and it had gone out already: it was "
+            "not sent twice. `meaning` names the id under which it had gone out."
         ),
     ),
     (

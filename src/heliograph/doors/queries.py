@@ -27,7 +27,10 @@ MAX_PAGE = 1000
 _PAGE = 100
 """Unless the caller says how many."""
 
-_OWN_REASONS = ("NotProcessed", "NoAnswer", "TooLate", "Unreadable")
+_MAX_DIGITS = 18
+"""Of a number that SQLite can hold."""
+
+_OWN_REASONS = ("NotProcessed", "NoAnswer", "SentBefore", "TooLate", "Unreadable")
 _is_status = re.compile(r"Status[1-9][0-9]{2}").fullmatch
 """How a receipt names an answer of Apple's that had a status and no reason."""
 
@@ -56,7 +59,8 @@ def listing(exchange: Exchange, caller: Caller, apps: Collection[str]) -> Listin
     """The query of a listing. Raises Refused and Problem."""
     query = _Query(
         exchange,
-        *("app", "environment", "state", "reason", "token", "topic", "push_type", "since", "until", "limit", "cursor"),
+        *("app", "environment", "state", "reason", "token", "topic", "push_type", "since", "until"),
+        *("connection", "limit", "cursor"),
         many=("state",),
     )
     since, until = query.time("since"), query.time("until")
@@ -73,6 +77,7 @@ def listing(exchange: Exchange, caller: Caller, apps: Collection[str]) -> Listin
         topic=query.get("topic"),
         since=since,
         until=until,
+        connection=query.get("connection"),
     )
     return Listing(wanted, query.get("cursor"), query.limit())
 
@@ -89,6 +94,26 @@ def buried(exchange: Exchange, caller: Caller, apps: Collection[str]) -> BuriedL
     """The query of a list of the buried. Raises Refused and Problem."""
     query = _Query(exchange, "app", "before", "limit")
     return BuriedListing(query.apps(caller, apps), query.get("before"), query.limit())
+
+
+class RemovalListing(NamedTuple):
+    """What was removed: of which app and environment (None: all of its), behind which number, and how far."""
+
+    app: str
+    environment: Environment | None
+    after: int
+    limit: int
+
+
+def removals(exchange: Exchange, caller: Caller, apps: Collection[str]) -> RemovalListing:
+    """The query of a list of removals. Raises Refused and Problem."""
+    query = _Query(exchange, "app", "environment", "after", "limit")
+    return RemovalListing(
+        choose_app(caller, apps, query.get("app")),
+        query.one_of("environment", {each.value: each for each in Environment}),
+        query.number("after"),
+        query.limit(),
+    )
 
 
 def replaced(exchange: Exchange) -> str | None:
@@ -158,6 +183,13 @@ class _Query:
             raise _bad("limit", f"limit must be a whole number from 1 to {MAX_PAGE}.")
         return int(value)
 
+    def number(self, name: str) -> int:
+        """What a former page gave; 0 where there was none."""
+        value = self.get(name) or "0"
+        if not (len(value) <= _MAX_DIGITS and value.isascii() and value.isdecimal()):
+            raise _bad(name, f"{name} must be what the former answer gave in next, or 0 for all from the beginning.")
+        return int(value)
+
     def time(self, name: str) -> float | None:
         """UNIX seconds."""
         value = self.get(name)
@@ -201,6 +233,29 @@ def _date_in_digits(value: str, seconds: float) -> str:
 
 def _bad(name: str, detail: str) -> Refused:
     return Refused("BadParameter", detail, field=name)
+
+
+def choose_app(caller: Caller, apps: Collection[str], named: str | None) -> str:
+    """The app that is meant; None: the only one that the caller may use. Raises Refused and Problem."""
+    if named is None:
+        known = [app for app in apps if caller.may_use(app)]
+        if len(known) != 1:
+            raise Refused("MissingApp", _which(known, caller.apps), field="app")
+        return known[0]
+    if not caller.may_use(named):
+        raise app_not_allowed(named)
+    if named not in apps:
+        names = ", ".join(sorted(filter(caller.may_use, apps))) or "none"
+        raise Refused("UnknownApp", f"There is no app {shown(named)!r}. Known apps: {names}.", field="app")
+    return named
+
+
+def _which(known: Sequence[str], allowed: Collection[str] | None) -> str:
+    """What to do where no app was named; `known` are those that the caller may use, `allowed` those its key names."""
+    if known:
+        return f"Say which app: there are {', '.join(sorted(known))}."
+    none = "no app yet" if allowed is None else "none yet of the apps that this API key is for"
+    return f"There is {none}: add an [apps.NAME] to the server's configuration, or use `heliograph app add`."
 
 
 def app_not_allowed(app: str) -> Problem:

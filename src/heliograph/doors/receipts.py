@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime
 from functools import lru_cache
 
@@ -57,6 +58,12 @@ class ReceiptBody(Struct):
     unique_id: str | None
     """Apple's `apns-unique-id`, by which its Push Notifications Console finds it; from the development environment
     only."""
+    connection: str | None
+    """The connection that brought it, as log lines name it; null where it came by this API."""
+    identifier: int | None
+    """What the client of that connection called it, in the binary protocol."""
+    apns_id: str | None
+    """The `apns-id` that its sender chose, and that it was sent under; null: it was sent under `id`."""
 
 
 def receipt_body(receipt: Receipt) -> ReceiptBody:
@@ -81,6 +88,9 @@ def receipt_body(receipt: Receipt) -> ReceiptBody:
         None if receipt.next_attempt_at is None else _rfc3339(receipt.next_attempt_at),
         None if since is None else _rfc3339(min(max(since, 0), _LAST_MS) / 1000),
         receipt.unique_id,
+        receipt.connection,
+        receipt.identifier,
+        receipt.apns_id,
     )
 
 
@@ -107,6 +117,15 @@ _CANCELLING = (
     "It was cancelled while it was being sent: if Apple does not take it this time, it is not tried again. "
     "Ask again in a moment."
 )
+_CUT_OFF = (
+    "It was cancelled before Apple took it: somebody here did that, or a notification before it on its connection was "
+    "refused. Of that its client was told, and has to send it again."
+)
+_SENT_BEFORE = (
+    "It had gone out before{as_what}, and its client sent it again, as clients of the binary protocol do after an "
+    "error packet: it was not sent twice. There is nothing to do."
+)
+_find_id = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}").search
 _UNREADABLE = {
     State.BURIED: "The store is damaged where it was, so it cannot be read, sent or replayed: send it anew.",
     State.UNKNOWN: "The store is damaged where it was, so it cannot be read, and it may have been sent before: send it "
@@ -132,6 +151,11 @@ def meaning(receipt: Receipt) -> str:
             return f"{said} {known.meaning}"
         case State.QUEUED:
             return f"{said} {_failed(receipt)} It is tried again by itself."
+        case State.CANCELLED if reason == SENT_BEFORE:
+            earlier = _find_id(receipt.why or "")
+            return _SENT_BEFORE.format(as_what=f" as {earlier[0]}" if earlier else "")
+        case State.CANCELLED if receipt.connection is not None and known is None:
+            return _CUT_OFF
         case State.BURIED | State.UNKNOWN if reason == UNREADABLE:
             return _UNREADABLE[state]
         case State.SENT | State.ACCEPTED | State.UNKNOWN:
@@ -144,6 +168,8 @@ def meaning(receipt: Receipt) -> str:
 
 UNREADABLE = "Unreadable"
 """The reason of what cannot be read, as the store has it."""
+SENT_BEFORE = "SentBefore"
+"""The reason of what a client sent again although it had gone out; `why` names the id that it had gone out as."""
 
 
 def _failed(receipt: Receipt) -> str:

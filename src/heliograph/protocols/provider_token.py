@@ -40,6 +40,7 @@ FUTURE_TOLERANCE_S = 300
 
 _MAX_TOKEN_BYTES = 4096
 _KEY_ID = re.compile(r"[A-Z0-9]{10}")
+_is_number = re.compile(r"[0-9]{1,12}").fullmatch
 _FILE_NAME = re.compile(r"AuthKey_([A-Z0-9]{10})\.p8")
 # 1.2.840.113549.1.7.1, which stands near the beginning of every PKCS#12 file (RFC 7292, section 4).
 _PKCS7_DATA = bytes.fromhex("2a864886f70d010701")
@@ -112,7 +113,7 @@ def verify(token: bytes, find_key: Callable[[str], ec.EllipticCurvePublicKey | N
 
     `find_key` gives the P-256 public key of a key id, None for an unknown one. Whether the key belongs to
     `Claims.team_id` is for the caller to compare. The signature may be r and s side by side, as RFC 7518 wants, or
-    DER, as some clients send and Apple takes.
+    DER, as some clients send and Apple takes; and `iat` may have a fraction or be a string of digits.
 
     Raises Refused: InvalidProviderToken, ExpiredProviderToken.
     """
@@ -135,11 +136,12 @@ def verify(token: bytes, find_key: Callable[[str], ec.EllipticCurvePublicKey | N
     except InvalidSignature:
         _invalid("has a signature that does not fit")
     claims = _decode(parts[1], _decode_claims)
-    if claims.iat > now + FUTURE_TOLERANCE_S:
+    issued_at = _seconds(claims.iat)
+    if issued_at > now + FUTURE_TOLERANCE_S:
         _invalid("is from the future: correct the clock of its maker")
-    if claims.iat < now - MAX_AGE_S:
+    if issued_at < now - MAX_AGE_S:
         raise Refused(reasons.EXPIRED_PROVIDER_TOKEN.word, "The provider token is older than an hour: renew it.")
-    return Claims(header.kid, claims.iss, claims.iat)
+    return Claims(header.kid, claims.iss, issued_at)
 
 
 class _Header(Struct):
@@ -150,18 +152,25 @@ class _Header(Struct):
 
 class _Claims(Struct):
     iss: str
-    iat: int
+    iat: int | float | str
 
 
 _decode_header = msgspec.json.Decoder(_Header).decode
 _decode_claims = msgspec.json.Decoder(_Claims).decode
 
 
+def _seconds(iat: float | str) -> int:
+    """Whole UNIX seconds."""
+    if isinstance(iat, str) and not _is_number(iat):
+        _invalid("has an iat that is no number of seconds")
+    return int(iat)
+
+
 def _decode(part: bytes, decode: Callable[[bytes], _T]) -> _T:
     try:
         return decode(_from_base64(part))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        _invalid("holds JSON without alg and kid, or without iss and a whole iat")
+        _invalid("holds JSON without alg and kid, or without iss and iat")
 
 
 def _from_base64(part: bytes) -> bytes:

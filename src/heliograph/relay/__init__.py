@@ -10,7 +10,7 @@ as sent before it is, and whoever finds it like that later does not send it.
 `cancel` has notifications not sent any more, wherever they wait: in the store, for their next try, in the carrier. What
 is on the wire is written down as not to be sent again.
 
-`send` carries one notification at once, in this process, for callers who wait and keep the responsibility.
+A `Courier` carries notifications at once, in this process, for callers who wait and keep the responsibility.
 """
 
 from __future__ import annotations
@@ -21,26 +21,27 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Protocol
 
 import structlog
 from msgspec import Struct
 
-from heliograph import admission, crash
+from heliograph import admission, crash, reasons
 from heliograph.batches import make_batches, new_batch_id, parse_id
-from heliograph.errors import NotConnected, Refused, StoreError
+from heliograph.errors import Refused, StoreError
 from heliograph.model import (
     ACCEPTED,
-    Answered,
     App,
     Batch,
+    Detail,
     Environment,
     Filter,
     Headers,
     Lane,
     Lease,
     LeaseEnd,
-    NotProcessed,
     Once,
+    Origin,
     Outcome,
     Outcomes,
     Page,
@@ -51,7 +52,7 @@ from heliograph.model import (
 )
 from heliograph.ports import Carrier, Queue, Store
 from heliograph.relay.progress import LaneState, Moment, Progress, counting
-from heliograph.relay.sends import Sends, resolve
+from heliograph.relay.sends import Courier, Sends, Tell, Tools
 from heliograph.telemetry import Telemetry
 
 _log = structlog.get_logger("heliograph.relay")
@@ -76,6 +77,27 @@ class Admitted(Struct, frozen=True):
     """Without what is refused, in order."""
     refused: tuple[Refused, ...]
     """In the order of their places."""
+
+
+class Begun(Struct, frozen=True):
+    """What admission made of columns of which nothing counts after the first that is refused."""
+
+    batches: tuple[Batch, ...]
+    """What stood before it, in order."""
+    refused: Refused | None
+    """The first that is refused; its index is None where all of them are."""
+
+
+class Watcher(Protocol):
+    """Who wants to hear of batches while they are worked on. Called on the loop's thread."""
+
+    def rejected(self, batch_id: str, indices: Sequence[int], reason: str) -> None:
+        """Apple said no to these for good, in this word. It is not on record yet."""
+        ...
+
+    def ended(self, batch_id: str) -> None:
+        """Nothing is left to do for this one, and all of it is on record. That is the last that is heard of it."""
+        ...
 
 
 class StoreFailure(Struct, frozen=True):
@@ -121,6 +143,8 @@ class Relay:
         self._held: dict[str, Progress] = {}
         """What is leased, by batch, until the end of the lease is certain."""
         self._waiters: dict[str, set[asyncio.Event]] = {}
+        self._watchers: dict[str, Watcher] = {}
+        """By batch."""
         self._lanes: dict[Lane, LaneState] = {}
         self._in_hand = 0
         """Notifications with the carrier."""
@@ -132,8 +156,10 @@ class Relay:
         self._recording.set()
         self._cautious: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
-        self._sends = Sends()
         self._random = _draw()
+        self._sends = Sends(
+            Tools(carrier, store, self._now, self._new_id, self._lane, self._note_kept, self._note_failure)
+        )
         self.store_failure: StoreFailure | None = None
         """None once it has worked again."""
 
@@ -177,6 +203,48 @@ class Relay:
         batches = make_batches(new_id, app_name, environment, now, checked.headers, checked.tokens, checked.payloads)
         return Admitted(tuple(batches), refused)
 
+    async def admit_until_refused(
+        self,
+        app_name: str,
+        environment: Environment,
+        headers: Sequence[Headers],
+        tokens: Sequence[bytes],
+        payloads: Sequence[bytes],
+        origin: Origin,
+        *,
+        ask_again: Collection[bytes] = (),
+    ) -> Begun:
+        """Turn columns into batches up to the first entry that cannot succeed, for doors whose protocol has it so.
+
+        `tokens` are lower-case hex. `ask_again`: those that are sent to also where Apple said that they are dead.
+        Otherwise as `admit`. Raises StoreError.
+        """
+        app = self._apps.get(app_name)
+        if app is None or environment not in app.environments:
+            text = f"There is no app {app_name!r} in {environment} any more."
+            return Begun((), Refused("UnknownApp", text, field="app"))
+        now = self._clock()
+        checked = admission.check(app, environment, now, headers, tokens, payloads)
+        held = await self._store.held_among(app_name, environment, tokens)
+        if held:
+            for each in ask_again:
+                if held.get(each) == reasons.UNREGISTERED.word:
+                    del held[each]
+            checked.refused.extend(admission.refuse_held(tokens, held))
+        first: Refused | None = None
+        size = len(tokens)
+        if checked.refused:
+            first = min(checked.refused, key=lambda each: -1 if each.index is None else each.index)
+            self._telemetry.refused(app_name, first.reason)
+            size = first.index or 0
+        if not size:
+            return Begun((), first)
+        final = checked.headers[:size] if len(checked.headers) > 1 else checked.headers
+        bodies = payloads[:size] if len(payloads) > 1 else payloads
+        new_id = functools.partial(self._new_id, now)
+        batches = make_batches(new_id, app_name, environment, now, final, tokens[:size], bodies, origin.part(0, size))
+        return Begun(tuple(batches), first)
+
     def _new_id(self, now: float) -> str:
         return new_batch_id(now, next(self._random))
 
@@ -185,20 +253,62 @@ class Relay:
 
     # -- enqueue, and what became of it --------------------------------------------------------------------------
 
-    async def enqueue(self, batches: Sequence[Batch], once: Once | None = None) -> None:
-        """Durable on return, all or nothing, and `once` with it. Raises Overloaded, Repeated, StoreError."""
+    async def enqueue(self, batches: Sequence[Batch], once: Once | None = None, watcher: Watcher | None = None) -> None:
+        """Durable on return, all or nothing, and `once` with it. Raises Overloaded, Repeated, StoreError.
+
+        `watcher` hears of these batches until they end, as far as this process works on them.
+        """
+        if watcher is not None:
+            self._watchers.update((batch.id, watcher) for batch in batches)
         lane = batches[0].app, batches[0].environment
         # Where nothing waits in front of it, it goes on from here, and not through another turn of the store.
         at_once = self._idle and self._recording.is_set() and self._in_hand < _IN_HAND and lane not in self._full
         try:
             leases = await self._queue.put(batches, lease=at_once, once=once)
-        except StoreError as error:
-            self._note_failure(error)
+        except BaseException as error:
+            self.unwatch(batch.id for batch in batches)
+            if isinstance(error, StoreError):
+                self._note_failure(error)
             raise
         self._note_success()
         self._telemetry.taken(batches[0].app, sum(map(len, batches)))
         crash.point("taken")
         self._begin_all(leases)
+
+    async def keep(
+        self,
+        app: str,
+        environment: Environment,
+        headers: Sequence[Headers],
+        tokens: Sequence[bytes],
+        payloads: Sequence[bytes],
+        origin: Origin,
+        *,
+        reason: str,
+        whys: Sequence[str],
+    ) -> None:
+        """Have it on record that these came and are not sent: cancelled, for this reason, and each why.
+
+        Durable on return. Columns as in `admit_until_refused`; nothing is checked. Raises StoreError.
+        """
+        now = self._clock()
+        new_id = functools.partial(self._new_id, now)
+        finished: list[tuple[Batch, Outcomes]] = []
+        start = 0
+        for batch in make_batches(new_id, app, environment, now, headers, tokens, payloads, origin):
+            size = len(batch)
+            own = enumerate(whys[start : start + size])
+            details = tuple([Detail(index, reason, attempts=0, why=why) for index, why in own])
+            states = bytes((State.CANCELLED,)) * size
+            finished.append((batch, Outcomes(batch.id, 1, states, bytes(4 * size), details)))
+            start += size
+        await self._store.keep(finished)
+        self._telemetry.lane(app, environment).ended(State.CANCELLED, len(tokens))
+
+    def unwatch(self, batch_ids: Iterable[str]) -> None:
+        """Tell nobody of these any more."""
+        for batch_id in batch_ids:
+            self._watchers.pop(batch_id, None)
 
     @property
     def room(self) -> int:
@@ -268,7 +378,9 @@ class Relay:
                 changed.set()
 
     def _is_open(self, batch_id: str, index: int) -> bool:
-        """It is in our hands and has not ended: there is nothing to be read of it."""
+        """It is in our hands and has not ended, or not on record: there is nothing to be read of it."""
+        if batch_id in self._sends.unkept:
+            return True
         progress = self._held.get(batch_id)
         return progress is not None and index < len(progress.states) and progress.states[index] in _NOT_ENDED
 
@@ -324,35 +436,12 @@ class Relay:
 
     # -- send ----------------------------------------------------------------------------------------------------
 
-    async def send(
-        self, app: str, environment: Environment, headers: Headers, token: bytes, payload: bytes
-    ) -> Answered:
-        """Carry one notification now and return Apple's answer. What is sent in one turn of the loop shares batches.
+    def courier(self, app: str, environment: Environment, tell: Tell) -> Courier:
+        """What carries at once for an app in an environment, past admission and the queue; keep it, and use it often.
 
-        The caller keeps the responsibility: nothing is stored. Raises NotConnected where Apple gave no answer.
+        The caller keeps the responsibility. What became of it is kept for those who ask later, behind the answer.
         """
-        future: asyncio.Future[Outcome] = self._loop.create_future()
-        if not self._sends.futures:
-            self._loop.call_soon(self._flush_sends)
-        self._sends.add(app, environment, headers, token, payload, future)
-        outcome = await future
-        if isinstance(outcome, Answered):
-            return outcome
-        raise NotConnected(outcome.why, unknown=not isinstance(outcome, NotProcessed))
-
-    def _flush_sends(self) -> None:
-        sends, self._sends = self._sends, Sends()
-        for app, environment, group in sends.groups():
-            now = self._clock()
-            new_id = functools.partial(self._new_id, now)
-            made = make_batches(new_id, app, environment, now, group.headers, group.tokens, group.payloads)
-            start = 0
-            meter = self._telemetry.lane(app, environment)
-            for batch in made:
-                stop = start + len(batch)
-                tell = resolve(group.futures[start:stop])
-                self._carrier.carry(batch, range(len(batch)), counting(meter, batch, tell))
-                start = stop
+        return Courier(self._sends, app, environment, tell)
 
     # -- work ----------------------------------------------------------------------------------------------------
 
@@ -404,10 +493,7 @@ class Relay:
             self._news.set()
 
     def _begin(self, lease: Lease) -> None:
-        name = lease.batch.app, lease.batch.environment
-        lane = self._lanes.get(name)
-        if lane is None:
-            lane = self._lanes[name] = LaneState(name, self._telemetry.lane(*name), self._loop.call_later)
+        lane = self._lane((lease.batch.app, lease.batch.environment))
         progress = self._held[lease.batch.id] = Progress(lease, lane)
         moment = self._now()
         indices = progress.due(moment)
@@ -427,6 +513,12 @@ class Relay:
             self._carry(progress, indices)
         elif not progress.open:
             self._note(progress)
+
+    def _lane(self, name: Lane) -> LaneState:
+        lane = self._lanes.get(name)
+        if lane is None:
+            lane = self._lanes[name] = LaneState(name, self._telemetry.lane(*name), self._loop.call_later)
+        return lane
 
     async def _carry_once(self, progress: Progress, indices: Sequence[int]) -> None:
         """Carry these after it is durable that they are being sent: no crash has them sent a second time."""
@@ -461,6 +553,9 @@ class Relay:
                 again = progress.decide(done, outcome, self._now())
                 if again:
                     self._carry(progress, again)
+                watcher = self._watchers.get(progress.batch.id)
+                if watcher is not None:
+                    _tell_rejected(watcher, progress, done)
             self._note(progress)
 
         self._carrier.carry(progress.batch, indices, counting(progress.lane.meter, progress.batch, report))
@@ -526,6 +621,10 @@ class Relay:
             if each.batch.id in recorded:  # else its lease ran out: who has the next one tells how it ended
                 each.count_ends(counts, recorded_at)
         self._wake_waiters(batch_id for batch_id, _ in dirty)
+        if self._watchers:
+            for end in ends:
+                if end.again_at is None and (watcher := self._watchers.pop(end.batch_id, None)):
+                    watcher.ended(end.batch_id)
         if ends:
             self._ended += ends
             self._news.set()
@@ -544,6 +643,10 @@ class Relay:
         if failure is not None:
             self.store_failure = None
             _log.info("store_recovered", failed_for_s=round(self._clock() - failure.since, 1))
+
+    def _note_kept(self, batch_ids: Sequence[str]) -> None:
+        self._note_success()
+        self._wake_waiters(batch_ids)
 
     async def _finish(self, ends: Sequence[LeaseEnd]) -> None:
         if ends:
@@ -566,6 +669,7 @@ class Relay:
             await asyncio.wait(set(self._cautious))
         while self._dirty or self._ended:
             await self._settle_once()
+        await self._sends.drain()
         for lane in self._lanes.values():
             for summary in lane.given_up.values():
                 summary.flush()
@@ -576,6 +680,15 @@ def _draw() -> Iterator[bytes]:
     while True:
         octets = os.urandom(4096)
         yield from (octets[start : start + 8] for start in range(0, 4096, 8))
+
+
+def _tell_rejected(watcher: Watcher, progress: Progress, done: Sequence[int]) -> None:
+    rejected: dict[str, list[int]] = {}
+    for index in done:
+        if progress.states[index] == State.REJECTED:
+            rejected.setdefault(progress.details[index].reason or "", []).append(index)
+    for reason, indices in rejected.items():
+        watcher.rejected(progress.batch.id, indices, reason)
 
 
 def _may_be_sent(receipt: Receipt) -> bool:

@@ -133,14 +133,14 @@ class ApnsCarrier:
     async def ready(self, full: frozenset[Lane] | None = None) -> frozenset[Lane]:
         """See `ports.Carrier.ready`."""
         while True:
-            answer = self._full()
+            answer = self.full()
             if answer is not None and answer != full:
                 return answer
             self._room.clear()
             await self._room.wait()
 
-    def _full(self) -> frozenset[Lane] | None:
-        """The lanes that are full; None where all of them together are too much."""
+    def full(self) -> frozenset[Lane] | None:
+        """See `ports.Carrier.full`."""
         for pool in [pool for pool in self._busy if not pool.waiting]:
             self._busy.discard(pool)
         moving = [pool for pool in self._busy if pool.trouble is None]

@@ -56,7 +56,7 @@ class Backlog:
         self._alone: dict[bytes, Slice] = {}
         """Where those wait that are alone, by their whole id."""
         self._parts: dict[bytes, list[Slice]] = {}
-        """The other slices, by the prefix of their batch."""
+        """The other slices, by the id of their batch."""
 
     @property
     def lanes(self) -> dict[Lane, int]:
@@ -74,10 +74,10 @@ class Backlog:
             self._ring.append(queue)
         queue.append(work)
         if work.alone:
-            for each in work.suffixes:
+            for each in work.names:
                 self._alone[each] = work
         else:
-            self._parts.setdefault(work.prefixes[0], []).append(work)
+            self._parts.setdefault(work.batch_id, []).append(work)
         share.waiting += count
         self.waiting += count
 
@@ -89,7 +89,7 @@ class Backlog:
         last = share.small[-1]
         if not last.left or len(last.keys) >= SMALL or not last.join(work):
             return False
-        for each in work.suffixes:
+        for each in work.names:
             self._alone[each] = last
         share.waiting += len(work.keys)
         self.waiting += len(work.keys)
@@ -147,7 +147,7 @@ class Backlog:
         return work
 
     def withdraw(self, wanted: Mapping[bytes, Collection[int]]) -> list[int]:
-        """Take these notifications out where they wait, by the prefix of their batch (see `Slice`); their keys."""
+        """Take these notifications out where they wait, by the id of their batch (see `Slice`); their keys."""
         those: dict[Slice, None] = {}
         for prefix, indices in wanted.items():
             those.update(dict.fromkeys(self._parts.get(prefix, ())))
@@ -187,15 +187,14 @@ class Backlog:
         return everything
 
     def _forget_alone(self, work: Slice, count: int) -> None:
-        for each in work.suffixes[work.place : work.place + count]:
+        for each in work.names[work.place : work.place + count]:
             self._alone.pop(each, None)
 
     def _forget_part(self, work: Slice) -> None:
-        prefix = work.prefixes[0]
-        parts = self._parts[prefix]
+        parts = self._parts[work.batch_id]
         parts.remove(work)
         if not parts:
-            del self._parts[prefix]
+            del self._parts[work.batch_id]
 
 
 def _skip_empty(queue: _Queue) -> None:

@@ -10,7 +10,7 @@ from heliograph.model import MAX_BATCH, Batch, Headers, Lane
 from heliograph.protocols import apns
 from heliograph.protocols.http2 import Requests, Template
 
-_SUFFIXES = [b"%04x" % place for place in range(1, MAX_BATCH + 1)]
+_PLACES = [b"%04x" % place for place in range(1, MAX_BATCH + 1)]
 """The last four digits of the ids in a batch, by index."""
 
 INDEX_BITS = 16
@@ -25,7 +25,7 @@ class Slice:
     """Notifications with the same template that wait for a stream, as columns: of one batch, or `alone`."""
 
     __slots__ = (
-        *("alone", "bodies", "headers", "keys", "lane", "literals", "paths", "place"),
+        *("alone", "batch_id", "bodies", "headers", "keys", "lane", "literals", "names", "paths", "place"),
         *("prefixes", "since", "suffixes"),
     )
 
@@ -34,6 +34,7 @@ class Slice:
         lane: Lane,
         headers: Headers,
         literals: Sequence[Literals],
+        batch_id: bytes,
         prefix: bytes,
         keys: Sequence[int],
         paths: Sequence[bytes],
@@ -41,10 +42,14 @@ class Slice:
         suffixes: Sequence[bytes],
         since: float,
         *,
-        alone: bool = False,
+        names: Sequence[bytes] = (),
     ) -> None:
-        """`alone`: each is all of its batch that is to be sent, so that ids have no prefix in common: it is empty."""
-        self.alone = alone
+        """`prefix` is what the ids that are sent begin with: that of the batch's, or nothing where these are not its.
+
+        `names`: our own ids, where each is all of its batch that is to be sent; then there is no `batch_id`.
+        """
+        self.alone = not batch_id
+        self.batch_id = batch_id
         self.lane = lane
         self.headers = headers
         """What they share; expiration and collapse id are in `literals`, one entry for all or one each."""
@@ -54,6 +59,7 @@ class Slice:
         self.paths = paths
         self.bodies = bodies
         self.suffixes = suffixes
+        self.names = names
         self.since = since
         self.place = 0
         """How many were sent already."""
@@ -73,22 +79,24 @@ class Slice:
         self.paths = [*self.paths, *other.paths]
         self.bodies = [*self.bodies, *other.bodies]
         self.suffixes = [*self.suffixes, *other.suffixes]
+        self.names = [*self.names, *other.names]
         return True
 
     def withdraw(self, wanted: Mapping[bytes, Collection[int]]) -> list[int]:
-        """Take those of these out that were not sent, by the prefix of their batch and their index; their keys."""
+        """Take those of these out that were not sent, by the id of their batch and their index; their keys."""
         taken: list[int] = []
         kept: list[int] = []
-        if not self.alone and self.prefixes[0] not in wanted:
+        if not self.alone and self.batch_id not in wanted:
             return taken
         for place in range(self.place, len(self.keys)):
-            indices = wanted.get(self.suffixes[place][:-4] if self.alone else self.prefixes[0], ())
+            indices = wanted.get(self.names[place][:-4] if self.alone else self.batch_id, ())
             (taken if self.keys[place] & INDEX_MASK in indices else kept).append(place)
         if taken:
             taken = [self.keys[place] for place in taken]
             self.keys = [self.keys[place] for place in kept]
             self.paths = [self.paths[place] for place in kept]
             self.suffixes = [self.suffixes[place] for place in kept]
+            self.names = [self.names[place] for place in kept] if self.alone else self.names
             # Of the others, one entry stands for all.
             self.bodies = [self.bodies[place] for place in kept] if len(self.bodies) > 1 else self.bodies
             self.literals = [self.literals[place] for place in kept] if len(self.literals) > 1 else self.literals
@@ -120,17 +128,20 @@ def slices(batch: Batch, indices: Sequence[int], base: int, now: float) -> Itera
 
 def _alone(batch: Batch, index: int, base: int, now: float) -> Slice:
     headers = batch.headers[0 if batch.headers_of is None else batch.headers_of[index]]
+    name = batch.id.encode() + _PLACES[index]
+    own = batch.apns_ids.get(index)
     return Slice(
         (batch.app, batch.environment),
         _shared(headers),
         [tuple(apns.varying_fields(headers))],
         b"",
+        b"",
         [base + index],
         [batch.tokens[index]],
         [batch.payloads[index if len(batch.payloads) > 1 else 0]],
-        [batch.id.encode() + _SUFFIXES[index]],
+        [name if own is None else own.encode()],
         now,
-        alone=True,
+        names=[name],
     )
 
 
@@ -161,20 +172,23 @@ def _shared(headers: Headers) -> Headers:
 def _slice(
     batch: Batch, headers: Headers, literals: Sequence[Literals], base: int, indices: Sequence[int], now: float
 ) -> Slice:
-    lane, prefix = (batch.app, batch.environment), batch.id.encode()
+    lane, batch_id = (batch.app, batch.environment), batch.id.encode()
+    prefix = b"" if batch.apns_ids else batch_id
     if isinstance(indices, range) and indices.step == 1:
         span = slice(indices.start, indices.stop)
         keys: Sequence[int] = range(base + indices.start, base + indices.stop)
+        tokens = batch.tokens[span]
         payloads = batch.payloads if len(batch.payloads) == 1 else batch.payloads[span]
-        return Slice(lane, headers, literals, prefix, keys, batch.tokens[span], payloads, _SUFFIXES[span], now)
-    return Slice(
-        lane,
-        headers,
-        literals,
-        prefix,
-        [base + index for index in indices],
-        [batch.tokens[index] for index in indices],
-        batch.payloads if len(batch.payloads) == 1 else [batch.payloads[index] for index in indices],
-        [_SUFFIXES[index] for index in indices],
-        now,
-    )
+        ids = _PLACES[span] if prefix else _whole_ids(batch, batch_id, indices)
+    else:
+        keys = [base + index for index in indices]
+        tokens = [batch.tokens[index] for index in indices]
+        payloads = batch.payloads if len(batch.payloads) == 1 else [batch.payloads[index] for index in indices]
+        ids = [_PLACES[index] for index in indices] if prefix else _whole_ids(batch, batch_id, indices)
+    return Slice(lane, headers, literals, batch_id, prefix, keys, tokens, payloads, ids, now)
+
+
+def _whole_ids(batch: Batch, batch_id: bytes, indices: Sequence[int]) -> list[bytes]:
+    """What these are sent under: their callers' ids, or ours."""
+    own = batch.apns_ids
+    return [own[index].encode() if index in own else batch_id + _PLACES[index] for index in indices]
