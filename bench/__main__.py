@@ -23,6 +23,8 @@ BENCHES = {
     "latency": "from the request to Apple's wire at a steady rate, the commit included",
     "memory": "resident memory with 1,000,000 queued, while they drain, and the time to the first send",
     "fairness": "one app's latency while another has 200,000 queued",
+    "gateway": "the gateway for old scripts: frames a second, how soon they are durable, idle connections",
+    "proxy": "the Apple-shaped proxy: rate, CPU and added latency, beside nghttpx",
     "whole": "through the HTTP API in batches of 1,000, durable, and where the time goes",
 }
 
@@ -39,7 +41,9 @@ def main() -> int:
     parser.add_argument("--number", type=int, help="notifications or requests of a run")
     parser.add_argument("--only", default="", help="contestants to take, with commas between")
     parser.add_argument("--mixed-tokens", action="store_true", help="each tenth device token of another length")
-    parser.add_argument("--profile", action="store_true", help="whole, single: the functions that take the time, too")
+    parser.add_argument(
+        "--profile", action="store_true", help="whole, single, proxy, gateway: the functions that take time, too"
+    )
     given = parser.parse_args()
     if any(count is not None and count < 1 for count in (given.rounds, given.number)):
         parser.error("--rounds and --number are 1 or more")

@@ -25,6 +25,7 @@ from bench.pki import KEY_ID, TEAM_ID, TOPIC
 
 APP = "bench"
 START_S = 20
+_WITHOUT_UVLOOP = "import sys; sys.modules['uvloop'] = None; from heliograph.__main__ import main; main()"
 
 
 class Server:
@@ -57,8 +58,10 @@ class Server:
         return json.loads(self.ask(connection, "POST", "/v1/notifications", body))
 
 
-def write_config(folder: Path, data: Path, apple_port: int, apps: Sequence[str]) -> tuple[Path, int, str]:
-    """A configuration whose Apple is the far side: the file, the API's port, the API key."""
+def write_config(
+    folder: Path, data: Path, apple_port: int, apps: Sequence[str], more: str = ""
+) -> tuple[Path, int, str]:
+    """A configuration whose Apple is the far side, with `more` tables: the file, the API's port, the API key."""
     port, key = free_port(), "hg_" + os.urandom(24).hex()
     key_file = folder / "bench-api-key"
     key_file.touch(mode=0o600)
@@ -79,21 +82,32 @@ port = {apple_port}
 ca = "{data / "ca.pem"}"
 """
     config = folder / "heliograph.toml"
-    config.write_text(text)
+    config.write_text(text + more)
     return config, port, key
 
 
 @contextmanager
 def heliograph(
-    folder: Path, data: Path, apple_port: int, profile: Path | None = None, apps: Sequence[str] = (APP,)
+    folder: Path,
+    data: Path,
+    apple_port: int,
+    profile: Path | None = None,
+    apps: Sequence[str] = (APP,),
+    more: str = "",
+    *,
+    uvloop: bool = True,
 ) -> Iterator[Server]:
     """`heliograph serve` on the contestant's core, with its data in `folder`. It may not listen yet.
 
-    With `profile`, what CPU time went into is written there as the server ends (see `profiled.py`).
+    `more` goes into its configuration. With `profile`, what CPU time went into is written there as the server ends (see
+    `profiled.py`).
     """
-    config, port, key = write_config(folder, data, apple_port, apps)
+    config, port, key = write_config(folder, data, apple_port, apps, more)
     if profile is None:
-        command = [str(Path(sys.executable).parent / "heliograph"), "serve", "--config", str(config)]
+        program = (
+            [str(Path(sys.executable).parent / "heliograph")] if uvloop else [sys.executable, "-c", _WITHOUT_UVLOOP]
+        )
+        command = [*program, "serve", "--config", str(config)]
     else:
         command = [sys.executable, "-m", "bench.profiled", str(config), str(profile)]
     with _running("heliograph serve", command, port, key) as server:

@@ -24,6 +24,7 @@ from heliograph.batches import make_batches, new_batch_id
 from heliograph.carriers.apns import ApnsCarrier, Endpoint, PoolSettings, Route
 from heliograph.model import (
     Access,
+    Answered,
     App,
     Batch,
     Environment,
@@ -32,6 +33,7 @@ from heliograph.model import (
     Lease,
     LeaseEnd,
     Once,
+    Outcome,
     Outcomes,
     Quarantine,
     Receipt,
@@ -100,17 +102,21 @@ class Memory:
         outcomes: Sequence[Outcomes],
         removals: Sequence[Removal],  # noqa: ARG002
         quarantines: Sequence[Quarantine] = (),  # noqa: ARG002
-    ) -> None:
+    ) -> Collection[str]:
         # a batch is recorded several times as its answers come; the last time it is complete
         for each in outcomes:
             if State.QUEUED not in each.states:
                 self.accepted += each.states.count(State.ACCEPTED)
+        return {each.batch_id for each in outcomes}
 
     async def find_receipts(self, ids: Sequence[str]) -> Sequence[Receipt | None]:
         return [None] * len(ids)
 
     async def held_among(self, app: str, environment: Environment, tokens: Collection[bytes]) -> dict[bytes, str]:  # noqa: ARG002
         return {}
+
+    async def keep(self, finished: Sequence[tuple[Batch, Outcomes]], *_: object) -> None:
+        pass
 
     async def aclose(self) -> None:
         pass
@@ -131,14 +137,23 @@ async def send_batches(memory: Memory, tokens: Sequence[bytes], payload: bytes) 
 
 async def send_each(relay: Relay, tokens: Sequence[bytes], payload: bytes, workers: int) -> int:
     """How many were accepted."""
+    loop = asyncio.get_running_loop()
     remaining = iter(tokens)
     accepted = 0
+
+    def hear(futures: Sequence[asyncio.Future[Outcome]], _: Sequence[bytes], outcome: Outcome) -> None:
+        for future in futures:
+            future.set_result(outcome)
+
+    courier = relay.courier(APP, Environment.PRODUCTION, hear)
 
     async def worker() -> None:
         nonlocal accepted
         for token in remaining:
-            answer = await relay.send(APP, Environment.PRODUCTION, HEADERS, token, payload)
-            accepted += answer.status == 200
+            future: asyncio.Future[Outcome] = loop.create_future()
+            courier.send(HEADERS, token, payload, None, future)
+            answer = await future
+            accepted += isinstance(answer, Answered) and answer.status == 200
 
     await asyncio.gather(*(worker() for _ in range(workers)))
     return accepted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import re
 import shutil
@@ -32,7 +33,7 @@ def build_go(module: str, package: str) -> Path:
     if tuple(map(int, re.findall(r"\d+", version)[:2])) < tuple(map(int, wanted.groups())):
         pytest.skip(f"{version.strip()} is too old: install Go {'.'.join(wanted.groups())} or newer")
     CACHE.mkdir(exist_ok=True)
-    program = CACHE / (Path(package).name or Path(module).name)
+    program = CACHE / (Path(package).name or module.replace("/", "-"))
     # Built aside and moved, because another process of the test run may be starting the program just now.
     fresh = program.with_suffix(f".{os.getpid()}")
     subprocess.run([go, "build", "-mod=readonly", "-o", fresh, package], check=True, cwd=HERE / module)
@@ -41,21 +42,25 @@ def build_go(module: str, package: str) -> Path:
 
 
 def build(name: str, steps: Sequence[Sequence[str]], change: Callable[[Path], None] | None = None) -> Path:
-    """Copy `apple/NAME` into the cache, let `change` at it, and run the steps there, unless that was done before.
+    """Copy the folder NAME into the cache, let `change` at it, and run the steps there, unless that was done before.
 
     Returns the folder: what package managers get they put beside the sources.
     """
-    source, folder = HERE / "apple" / name, CACHE / f"apple-{name}"
+    source, folder = HERE / name, CACHE / name.replace("/", "-")
     made = folder / "made"
     newest = max(file.stat().st_mtime for file in source.rglob("*"))
-    if not made.exists() or made.stat().st_mtime < newest:
-        shutil.copytree(source, folder, dirs_exist_ok=True)
-        if change is not None:
-            change(folder)
-        for step in steps:
-            done = subprocess.run(step, cwd=folder, capture_output=True, text=True, check=False)
-            assert done.returncode == 0, f"{' '.join(step)}\n{done.stdout}{done.stderr}"
-        made.touch()
+    CACHE.mkdir(exist_ok=True)
+    with (CACHE / f"{folder.name}.lock").open("w") as lock:
+        # Another process of the test run may want the same.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists() or made.stat().st_mtime < newest or made.read_text() != repr(steps):
+            shutil.copytree(source, folder, dirs_exist_ok=True)
+            if change is not None:
+                change(folder)
+            for step in steps:
+                done = subprocess.run(step, cwd=folder, capture_output=True, text=True, check=False)
+                assert done.returncode == 0, f"{' '.join(step)}\n{done.stdout}{done.stderr}"
+            made.write_text(repr(steps))
     return folder
 
 

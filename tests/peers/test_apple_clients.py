@@ -12,7 +12,8 @@ import pytest
 
 from bench.contestants import a2
 from heliograph.simulator.threaded import ThreadedSimulator
-from tests.peers.apple.contract import Push, check, environment, prepare
+from tests.peers.apple import curl
+from tests.peers.apple.contract import check, environment, prepare
 from tests.peers.foreign import HERE, build, build_go, run
 from tests.programs import need
 
@@ -42,27 +43,9 @@ async def test_curl_sees_what_it_would_see_at_apple(apple: ThreadedSimulator, tm
     if "HTTP2" not in await run(need("curl"), "--version"):
         pytest.skip("this curl speaks no HTTP/2")
     pushes = prepare(apple, tmp_path)
-    (tmp_path / "config").write_text("\nnext\n".join(_transfer(apple, each) for each in pushes))
-    lines = (await run(need("curl"), "--no-progress-meter", "--config", tmp_path / "config")).splitlines()
-    told = [
-        {"status": int(status), "id": id_, **json.loads(body or "{}")}
-        for body, status, id_ in (line.rsplit(" ", 2) for line in lines)
-    ]
-    check(apple, pushes, told, shows_id=True)
-
-
-def _transfer(apple: ThreadedSimulator, push: Push) -> str:
-    return f"""
-        url = "https://localhost:{apple.port}/3/device/{push.token}"
-        http2
-        cacert = "{apple.ca_file}"
-        header = "authorization: bearer {apple.provider_token()}"
-        header = "apns-id: {push.id}"
-        header = "apns-topic: {push.topic}"
-        header = "apns-push-type: alert"
-        data-binary = "@{push.payload}"
-        write-out = " %{{http_code}} %header{{apns-id}}\\n"
-    """
+    (tmp_path / "config").write_text(curl.config(environment(apple, pushes)))
+    output = await run(need("curl"), "--no-progress-meter", "--config", tmp_path / "config")
+    check(apple, pushes, curl.read(output), shows_id=True)
 
 
 @pytest.mark.timeout(180)  # a first build
@@ -83,7 +66,7 @@ async def test_nodes_own_client_sees_what_it_would_see_at_apple(apple: ThreadedS
 @pytest.mark.peer("node", "npm")
 async def test_node_apn_sees_what_it_would_see_at_apple(apple: ThreadedSimulator, tmp_path: Path) -> None:
     install = ["install", "--no-audit", "--no-fund", "--no-package-lock", "--ignore-scripts"]
-    folder = build("node", [[need("npm"), *install]])
+    folder = build("apple/node", [[need("npm"), *install]])
     await converse(apple, tmp_path, need("node"), folder / "node_apn.mjs", shows_id=False)
 
 
@@ -91,7 +74,7 @@ async def test_node_apn_sees_what_it_would_see_at_apple(apple: ThreadedSimulator
 @pytest.mark.peer("java", "mvn")
 async def test_pushy_sees_what_it_would_see_at_apple(apple: ThreadedSimulator, tmp_path: Path) -> None:
     copy = ["dependency:copy-dependencies", "-DoutputDirectory=lib"]
-    folder = build("pushy", [[need("mvn"), "--quiet", "--batch-mode", *copy]])
+    folder = build("apple/pushy", [[need("mvn"), "--quiet", "--batch-mode", *copy]])
     # Java compiles a lone source file by itself.
     await converse(apple, tmp_path, need("java"), "-cp", folder / "lib" / "*", folder / "Client.java")
 
@@ -104,7 +87,7 @@ async def test_a2_sees_what_it_would_see_at_apple(apple: ThreadedSimulator, tmp_
     def change(folder: Path) -> None:
         a2._change_a2(need("cargo"), folder)
 
-    folder = build("a2", [[need("cargo"), "build", "--quiet"]], change)
+    folder = build("apple/a2", [[need("cargo"), "build", "--quiet"]], change)
     place = {"BENCH_PORT": str(apple.port), "BENCH_DATA": str(apple.ca_file.parent)}
     await converse(apple, tmp_path, folder / "target" / "debug" / "apple-peer", more=place)
 

@@ -1,8 +1,9 @@
 """What a foreign APNs client of this folder is told, and what it tells.
 
 Told, in its environment: APPLE_PORT on localhost, APPLE_CA, APPLE_KEY_FILE, APPLE_KEY_ID, APPLE_TEAM_ID, for those that
-make none themselves APPLE_PROVIDER_TOKEN, and APPLE_PUSHES: a line each with apns-id, device token, topic and the file
-of the payload. All are alerts, sent one after the other.
+make none themselves APPLE_PROVIDER_TOKEN, and APPLE_PUSHES: a line each with apns-id (- for none), device token, topic
+and the file of the payload. All are alerts, sent one after the other. Where there are APPLE_PEM and APPLE_P12, the
+client's certificate with its key, without a passphrase, it shows that and no provider token.
 
 It tells, a line of JSON for each push, what its library says of the answer: `status`; `reason`, `timestamp` (UNIX
 milliseconds) and `id` (the apns-id), where there is one and the library shows it.
@@ -14,6 +15,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from uuid import UUID
 
 from heliograph.simulator.threaded import ThreadedSimulator
 
@@ -25,7 +27,8 @@ SINCE = 1_700_000_000_000  # of whole seconds: apns2 drops the rest
 class Push(NamedTuple):
     """One push, and Apple's answer to it (Apple, "Handling notification responses from APNs")."""
 
-    id: str
+    id: str | None
+    """None: the client names none."""
     token: str
     topic: str
     payload: Path
@@ -50,6 +53,10 @@ def prepare(apple: ThreadedSimulator, folder: Path) -> list[Push]:
     return [Push(f"0191d5a8-0000-7000-8000-{number:012d}", *push) for number, push in enumerate(pushes, 1)]
 
 
+def listed(pushes: Sequence[Push]) -> str:
+    return "\n".join(f"{each.id or '-'} {each.token} {each.topic} {each.payload}" for each in pushes)
+
+
 def environment(apple: ThreadedSimulator, pushes: Sequence[Push]) -> dict[str, str]:
     return {
         "APPLE_PORT": str(apple.port),
@@ -58,16 +65,24 @@ def environment(apple: ThreadedSimulator, pushes: Sequence[Push]) -> dict[str, s
         "APPLE_KEY_ID": apple.key_id,
         "APPLE_TEAM_ID": apple.team_id,
         "APPLE_PROVIDER_TOKEN": apple.provider_token(),
-        "APPLE_PUSHES": "\n".join(f"{each.id} {each.token} {each.topic} {each.payload}" for each in pushes),
+        "APPLE_PUSHES": listed(pushes),
     }
 
 
 def check(apple: ThreadedSimulator, pushes: Sequence[Push], told: Sequence[dict[str, Any]], *, shows_id: bool) -> None:
     """The client's own view of each answer is Apple's, and only the first push got through."""
-    names = ["status", "reason", "timestamp", *(["id"] if shows_id else [])]
-    expected = [{**each.answer, "id": each.id} for each in pushes]
-    seen = [[each.get(name) for name in names] for each in told]
-    assert seen == [[each.get(name) for name in names] for each in expected]
+    check_told(pushes, told, shows_id=shows_id)
     (received,) = apple.received
     assert (received.id, received.token, received.topic) == (pushes[0].id, GOOD, TOPIC)
     assert json.loads(received.payload) == {"aps": {"alert": "hello"}}
+
+
+def check_told(pushes: Sequence[Push], told: Sequence[dict[str, Any]], *, shows_id: bool) -> None:
+    """The client's own view of each answer is Apple's. An id that it did not name is any."""
+    names = ["status", "reason", "timestamp", *(["id"] if shows_id else [])]
+    given = [each.id or (told[index].get("id") if index < len(told) else None) for index, each in enumerate(pushes)]
+    expected = [{**each.answer, "id": id_} for each, id_ in zip(pushes, given, strict=True)]
+    seen = [[each.get(name) for name in names] for each in told]
+    assert seen == [[each.get(name) for name in names] for each in expected]
+    if shows_id:
+        assert all(str(UUID(id_)) == id_ for id_ in given)

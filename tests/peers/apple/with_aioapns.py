@@ -1,4 +1,7 @@
-"""The Python library aioapns. See `contract` for what it is told and tells."""
+"""The Python library aioapns. See `contract` for what it is told and tells.
+
+Told port 443 it is used as it is, and whom it takes for Apple is another's doing.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,13 @@ from pathlib import Path
 async def main(key: str, pushes: Sequence[tuple[str, str, str, bytes]]) -> None:
     # By name: what the type checker says is not to hang on whether it is installed.
     aioapns = import_module("aioapns")
-    protocol = import_module("aioapns.connection").APNsProductionClientProtocol
-    protocol.APNS_SERVER = "localhost"  # it knows Apple's two addresses only
-    protocol.APNS_PORT = int(os.environ["APPLE_PORT"])
-    tls = ssl.create_default_context(cafile=os.environ["APPLE_CA"])
-    tls.set_alpn_protocols(["h2"])
+    tls = None
+    if os.environ["APPLE_PORT"] != "443":
+        protocol = import_module("aioapns.connection").APNsProductionClientProtocol
+        protocol.APNS_SERVER = "localhost"  # it knows Apple's two addresses only
+        protocol.APNS_PORT = int(os.environ["APPLE_PORT"])
+        tls = ssl.create_default_context(cafile=os.environ["APPLE_CA"])
+        tls.set_alpn_protocols(["h2"])
     client = aioapns.APNs(
         key=key,
         key_id=os.environ["APPLE_KEY_ID"],
@@ -32,7 +37,7 @@ async def main(key: str, pushes: Sequence[tuple[str, str, str, bytes]]) -> None:
             aioapns.NotificationRequest(
                 token,
                 json.loads(payload),
-                notification_id=id_,
+                notification_id=None if id_ == "-" else id_,
                 apns_topic=topic,
                 push_type=aioapns.PushType.ALERT,
             )

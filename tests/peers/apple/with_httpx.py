@@ -16,12 +16,13 @@ def main() -> None:
     with httpx.Client(http1=False, http2=True, verify=tls) as client:
         for line in os.environ["APPLE_PUSHES"].splitlines():
             id_, token, topic, payload = line.split()
+            named = {} if id_ == "-" else {"apns-id": id_}
             answer = client.post(
                 f"https://localhost:{os.environ['APPLE_PORT']}/3/device/{token}",
                 content=Path(payload).read_bytes(),
                 headers={
                     "authorization": f"bearer {os.environ['APPLE_PROVIDER_TOKEN']}",
-                    "apns-id": id_,
+                    **named,
                     "apns-topic": topic,
                     "apns-push-type": "alert",
                 },

@@ -9,5 +9,6 @@ require (
 
 require (
 	github.com/golang-jwt/jwt/v4 v4.4.1 // indirect
+	golang.org/x/crypto v0.58.0 // indirect
 	golang.org/x/text v0.43.0 // indirect
 )

@@ -9,6 +9,7 @@ import (
 	"strings"
 
 	"github.com/sideshow/apns2"
+	"github.com/sideshow/apns2/certificate"
 	"github.com/sideshow/apns2/token"
 	"golang.org/x/net/http2"
 )
@@ -20,17 +21,31 @@ func must[T any](value T, err error) T {
 	return value
 }
 
+func newClient() *apns2.Client {
+	if file := os.Getenv("APPLE_P12"); file != "" {
+		return apns2.NewClient(must(certificate.FromP12File(file, "")))
+	}
+	key := must(token.AuthKeyFromFile(os.Getenv("APPLE_KEY_FILE")))
+	return apns2.NewTokenClient(
+		&token.Token{AuthKey: key, KeyID: os.Getenv("APPLE_KEY_ID"), TeamID: os.Getenv("APPLE_TEAM_ID")},
+	)
+}
+
 func main() {
 	roots := x509.NewCertPool()
 	roots.AppendCertsFromPEM(must(os.ReadFile(os.Getenv("APPLE_CA"))))
-	key := must(token.AuthKeyFromFile(os.Getenv("APPLE_KEY_FILE")))
-	client := apns2.NewTokenClient(
-		&token.Token{AuthKey: key, KeyID: os.Getenv("APPLE_KEY_ID"), TeamID: os.Getenv("APPLE_TEAM_ID")},
-	)
+	client := newClient()
 	client.Host = "https://localhost:" + os.Getenv("APPLE_PORT")
-	client.HTTPClient.Transport.(*http2.Transport).TLSClientConfig = &tls.Config{RootCAs: roots}
+	transport := client.HTTPClient.Transport.(*http2.Transport)
+	if transport.TLSClientConfig == nil {
+		transport.TLSClientConfig = &tls.Config{}
+	}
+	transport.TLSClientConfig.RootCAs = roots
 	for _, line := range strings.Split(os.Getenv("APPLE_PUSHES"), "\n") {
 		push := strings.Fields(line)
+		if push[0] == "-" {
+			push[0] = ""
+		}
 		answer := must(client.Push(&apns2.Notification{
 			ApnsID: push[0], DeviceToken: push[1], Topic: push[2], PushType: apns2.PushTypeAlert, Payload: must(os.ReadFile(push[3])),
 		}))

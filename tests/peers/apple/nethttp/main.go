@@ -28,7 +28,9 @@ func main() {
 		url := "https://localhost:" + os.Getenv("APPLE_PORT") + "/3/device/" + push[1]
 		request := must(http.NewRequest(http.MethodPost, url, must(os.Open(push[3]))))
 		request.Header.Set("authorization", "bearer "+os.Getenv("APPLE_PROVIDER_TOKEN"))
-		request.Header.Set("apns-id", push[0])
+		if push[0] != "-" {
+			request.Header.Set("apns-id", push[0])
+		}
 		request.Header.Set("apns-topic", push[2])
 		request.Header.Set("apns-push-type", "alert")
 		answer := must(client.Do(request))

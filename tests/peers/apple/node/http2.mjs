@@ -11,7 +11,7 @@ for (const line of env.APPLE_PUSHES.split('\n')) {
     ':method': 'POST',
     ':path': `/3/device/${token}`,
     authorization: `bearer ${env.APPLE_PROVIDER_TOKEN}`,
-    'apns-id': id,
+    ...(id === '-' ? {} : { 'apns-id': id }),
     'apns-topic': topic,
     'apns-push-type': 'alert',
   });

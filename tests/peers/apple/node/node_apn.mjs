@@ -3,8 +3,12 @@ import apn from '@parse/node-apn';
 import { readFileSync } from 'node:fs';
 
 const { env } = process;
+const credentials = env.APPLE_PEM
+  ? { cert: env.APPLE_PEM, key: env.APPLE_PEM }
+  : { token: { key: env.APPLE_KEY_FILE, keyId: env.APPLE_KEY_ID, teamId: env.APPLE_TEAM_ID } };
 const provider = new apn.Provider({
-  token: { key: env.APPLE_KEY_FILE, keyId: env.APPLE_KEY_ID, teamId: env.APPLE_TEAM_ID },
+  ...credentials,
+  production: true,
   address: 'localhost',
   port: Number(env.APPLE_PORT),
   ca: readFileSync(env.APPLE_CA),
@@ -13,7 +17,7 @@ const provider = new apn.Provider({
 for (const line of env.APPLE_PUSHES.split('\n')) {
   const [id, token, topic, payload] = line.split(' ');
   const note = new apn.Notification();
-  note.id = id;
+  if (id !== '-') note.id = id;
   note.topic = topic;
   note.pushType = 'alert';
   note.rawPayload = JSON.parse(readFileSync(payload, 'utf8'));

@@ -14,16 +14,20 @@ import java.util.UUID;
 /** The Java library Pushy. See ../contract.py for what it is told and tells. */
 public final class Client {
   public static void main(String[] arguments) throws Exception {
-    ApnsClient client =
+    ApnsClientBuilder builder =
         new ApnsClientBuilder()
             .setApnsServer("localhost", Integer.parseInt(System.getenv("APPLE_PORT")))
-            .setTrustedServerCertificateChain(new File(System.getenv("APPLE_CA")))
-            .setSigningKey(
-                ApnsSigningKey.loadFromPkcs8File(
-                    new File(System.getenv("APPLE_KEY_FILE")),
-                    System.getenv("APPLE_TEAM_ID"),
-                    System.getenv("APPLE_KEY_ID")))
-            .build();
+            .setTrustedServerCertificateChain(new File(System.getenv("APPLE_CA")));
+    if (System.getenv("APPLE_P12") != null) {
+      builder.setClientCredentials(new File(System.getenv("APPLE_P12")), "");
+    } else {
+      builder.setSigningKey(
+          ApnsSigningKey.loadFromPkcs8File(
+              new File(System.getenv("APPLE_KEY_FILE")),
+              System.getenv("APPLE_TEAM_ID"),
+              System.getenv("APPLE_KEY_ID")));
+    }
+    ApnsClient client = builder.build();
     for (String line : System.getenv("APPLE_PUSHES").split("\n")) {
       String[] push = line.split(" ");
       PushNotificationResponse<SimpleApnsPushNotification> answer =
@@ -37,7 +41,7 @@ public final class Client {
                       DeliveryPriority.IMMEDIATE,
                       PushType.ALERT,
                       null,
-                      UUID.fromString(push[0])))
+                      push[0].equals("-") ? null : UUID.fromString(push[0])))
               .get();
       System.out.printf(
           "{\"status\":%d,\"reason\":%s,\"timestamp\":%s,\"id\":\"%s\"}%n",

@@ -42,7 +42,7 @@ async fn main() {
     for line in told("APPLE_PUSHES").lines() {
         let push: Vec<&str> = line.split(' ').collect();
         let options = NotificationOptions {
-            apns_id: Some(push[0]),
+            apns_id: Some(push[0]).filter(|id| *id != "-"),
             apns_topic: Some(push[2]),
             apns_push_type: Some(PushType::Alert),
             ..Default::default()

@@ -1,0 +1,3 @@
+module heliograph/peers/legacy/go
+
+go 1.21
