@@ -94,14 +94,15 @@ class Listeners:
                 identity=identity,
                 turns=turns,
             )
-            await self._open(gateway, "legacy", name, "port")
-            await self._open(feedback, "legacy", name, "feedback_port")
+            await self._open(gateway, legacy.host, "legacy", name, "port")
+            await self._open(feedback, legacy.host, "legacy", name, "feedback_port")
         for name, settings in config.apple_proxy.items():
             identity = await asyncio.to_thread(server_identity, data, settings.certificate, settings.certificate_key)
             proxy = AppleProxy(
                 name,
                 settings,
                 relay=self._relay,
+                store=self._store,
                 apps=self._apps,
                 keyring=self._keyring,
                 callers=self._callers,
@@ -109,13 +110,14 @@ class Listeners:
                 telemetry=self._telemetry,
                 clock=time.time,
             )
-            await self._open(proxy, "apple_proxy", name, "port")
+            await self._open(proxy, settings.host, "apple_proxy", name, "port")
 
-    async def _open(self, door: _Door, *way: str) -> None:
+    async def _open(self, door: _Door, host: str, *way: str) -> None:
         await door.start()
         self._doors.append(door)
         self.ports[way] = door.port
-        _log.info("listening", listener=".".join(way[:2]), service=_SERVICES[way[0], way[2]], port=door.port)
+        service = _SERVICES[way[0], way[2]]
+        _log.info("listening", listener=".".join(way[:2]), service=service, host=host, port=door.port)
 
     async def aclose(self) -> None:
         """Take nothing more, answer what is to be answered, and close; while the relay still works."""

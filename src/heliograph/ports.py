@@ -80,7 +80,8 @@ class Queue(Protocol):
 
         `lease`: those that are new are leased to the caller at once, which saves the way through `take`. `once` is kept
         in the same transaction; where its key is known already, nothing is put.
-        Raises Overloaded, Repeated, StoreError.
+        Raises Overloaded, Repeated, StoreError, and ValueError for a batch that cannot be written down, as one with an
+        id of its caller's that is no UUID.
         """
         ...
 
@@ -113,8 +114,12 @@ class Store(Protocol):
         """
         ...
 
-    async def find_receipts(self, ids: Sequence[str]) -> Sequence[Receipt | None]:
-        """One entry an id, in order; None where no such notification was ever taken."""
+    async def find_receipts(self, ids: Sequence[str], apps: Collection[str] | None = None) -> Sequence[Receipt | None]:
+        """One entry an id, in order; None where no such notification was ever taken for these apps (None: for any).
+
+        Where an id is none of ours, it may be one that a caller brought: the receipt, which has our id and theirs as
+        its `apns_id`, is that of the last such notification for these apps.
+        """
         ...
 
     async def keep(
@@ -125,14 +130,17 @@ class Store(Protocol):
     ) -> None:
         """Keep batches that never were in the queue, with what became of them; durable, in one transaction.
 
-        A batch whose id is known already is left as it is.
+        A batch whose id is known already is left as it is. Raises StoreError, and ValueError as `Queue.put`.
         """
         ...
 
     async def find_removals(
-        self, app: str, environment: Environment | None, after: int, limit: int
+        self, app: str, environment: Environment | None, after: int, limit: int, token: bytes | None = None
     ) -> Sequence[Listed]:
-        """The app's removals with numbers above `after`, lowest first; those that lapsed or were revived are gone."""
+        """The app's removals with numbers above `after`, lowest first; those that lapsed or were revived are gone.
+
+        `token`: only of this device token (lower-case hex).
+        """
         ...
 
     async def told_until(self, app: str, environment: Environment) -> int:
@@ -146,7 +154,7 @@ class Store(Protocol):
     async def revive(self, app: str, environment: Environment, tokens: Collection[bytes], at: float) -> int:
         """These device tokens (lower-case hex) were registered at `at` (UNIX seconds): how many were held back so far.
 
-        Ends removals that are not newer, and quarantines.
+        Ends removals that are not newer, those too that come to be known later, and the quarantines of now.
         """
         ...
 

@@ -307,6 +307,36 @@ class StoreContract:
         await queue.put([ours])
         assert await found_by(store, ours.id + "0001") == [ours.id + "0001"]
 
+    async def test_of_callers_who_brought_the_same_apns_id_each_finds_the_notification_of_its_own_app(
+        self, store: Store
+    ) -> None:
+        theirs = str(uuid.uuid4())
+        batches = {app: replace(a_batch(app=app), apns_ids={0: theirs}) for app in ("shop", "späti")}
+        for batch in batches.values():
+            await store.keep([(batch, outcomes(batch, [ACCEPTED]))])
+        for apps, app in (
+            (None, "späti"),
+            ({"shop"}, "shop"),
+            ({"späti"}, "späti"),
+            ({"shop", "späti"}, "späti"),
+            ({"shop", "nobody"}, "shop"),
+        ):
+            (found,) = await store.find_receipts([theirs], apps)
+            assert found is not None
+            assert (found.id, found.app) == (batches[app].id + "0001", app)
+        assert list(await store.find_receipts([theirs], {"nobody"})) == [None]
+        assert list(await store.find_receipts([theirs], ())) == [None]
+
+    async def test_own_apns_id_is_found_though_it_is_the_id_of_another_app_s_notification(self, store: Store) -> None:
+        other = a_batch(app="späti")
+        own = replace(a_batch(), apns_ids={0: other.id + "0001"})
+        for batch in (other, own):
+            await store.keep([(batch, outcomes(batch, [ACCEPTED]))])
+        wanted = [other.id + "0001", own.id + "0001"]
+        assert [each and each.app for each in await store.find_receipts(wanted)] == ["späti", "shop"]
+        assert [each and each.id for each in await store.find_receipts(wanted, {"shop"})] == [own.id + "0001"] * 2
+        assert [each and each.id for each in await store.find_receipts(wanted, {"späti"})] == [wanted[0], None]
+
     async def test_apns_ids_of_what_is_not_taken_find_nothing(self, queue: Queue, store: Store) -> None:
         theirs = [str(uuid.uuid4()) for _ in range(4)]
         batch = replace(a_batch(), apns_ids={0: theirs[0]})
@@ -602,6 +632,20 @@ class StoreContract:
                 assert seen == expected
         assert list(await store.find_removals("shop", None, 0, 0)) == []
 
+    async def test_removal_of_one_token_is_found_among_many(self, store: Store) -> None:
+        tokens = a_batch(20).tokens
+        await dead(store, *tokens)
+        await store.record([], [removal(tokens[3], environment=DEVELOPMENT), removal(b"abc")])
+        found = await store.find_removals("shop", None, 0, 10, tokens[3])
+        assert [each.removal for each in found] == [
+            removal(tokens[3]),
+            removal(tokens[3], environment=DEVELOPMENT),
+        ]
+        assert len(await store.find_removals("shop", None, 0, 1, tokens[3])) == 1
+        assert len(await store.find_removals("shop", None, found[0].number, 10, tokens[3])) == 1
+        assert list(await store.find_removals("shop", PRODUCTION, 0, 10, b"00ff")) == []
+        assert list(await store.find_removals("späti", None, 0, 10, tokens[3])) == []
+
     async def test_removal_said_again_keeps_its_number_and_one_that_is_newer_gets_a_new_one(self, store: Store) -> None:
         first, second = a_batch(2).tokens
         await dead(store, first, second)
@@ -641,8 +685,18 @@ class StoreContract:
         assert await removed(store) == [old, young]
         clock.advance(1)
         assert await removed(store) == [young]
+        assert set(await store.held_among("shop", PRODUCTION, [old, young])) == {young}
         await store.purge(clock())
         assert await removed(store) == [young]
+
+    async def test_removal_that_is_said_again_after_it_lapsed_is_a_new_one(self, store: Store, clock: Clock) -> None:
+        token = a_batch().tokens[0]
+        await dead(store, token)
+        number = await last_number(store)
+        clock.advance(180 * DAY_S)
+        await dead(store, token)  # nothing was purged meanwhile
+        assert await removed(store, number) == [token]
+        assert set(await store.held_among("shop", PRODUCTION, [token])) == {token}
 
     async def test_who_follows_the_numbers_misses_nothing_that_comes_meanwhile(self, store: Store) -> None:
         tokens = [a_batch(20).tokens for _ in range(10)]
@@ -711,6 +765,41 @@ class StoreContract:
         await dead(store, token, since=101)
         assert set(await store.held_among("shop", PRODUCTION, [token])) == {token}
         assert await removed(store) == [token]
+
+    async def test_what_apple_said_before_a_registration_holds_nothing_back_though_it_is_learnt_later(
+        self, store: Store
+    ) -> None:
+        token, other = a_batch(2).tokens
+        assert await store.revive("shop", PRODUCTION, [token], 100.9) == 0
+        await store.revive("shop", PRODUCTION, [token], 50)  # an older one changes nothing
+        for since in (99, 100):
+            await dead(store, token, other, since=since)
+        await store.keep([], [removal(token, since=98)])
+        assert await removed(store) == [other]
+        assert set(await store.held_among("shop", PRODUCTION, [token, other])) == {other}
+        await store.record([], [removal(token, app="späti"), removal(token, environment=DEVELOPMENT)])
+        assert await removed(store, app="späti") == await removed(store, environment=DEVELOPMENT) == [token]
+        await dead(store, token, since=101)
+        assert await removed(store) == [other, token]
+
+    async def test_registration_counts_as_long_as_a_removal_does(self, store: Store, clock: Clock) -> None:
+        token = a_batch().tokens[0]
+        at = clock()
+        await store.revive("shop", PRODUCTION, [token], at)
+        clock.advance(179 * DAY_S)
+        await store.purge(clock())
+        await dead(store, token, since=int(at))
+        assert await removed(store) == []
+        clock.advance(DAY_S)
+        await store.purge(clock())
+        await dead(store, token, since=int(at))
+        assert await removed(store) == [token]
+
+    async def test_thousand_tokens_are_registered_at_once_and_one_named_twice_counts_once(self, store: Store) -> None:
+        tokens = a_batch(1000).tokens
+        await dead(store, *tokens)
+        assert await store.revive("shop", PRODUCTION, [*tokens, *tokens[:5]], 100) == 1000
+        assert await removed(store) == []
 
     # What was given up on
 

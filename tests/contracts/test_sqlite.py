@@ -927,6 +927,16 @@ async def test_number_of_a_removal_is_never_used_again_whatever_was_deleted_mean
         assert second.number > first.number
 
 
+async def test_registration_counts_also_for_what_comes_to_be_known_after_a_restart(path: Path) -> None:
+    (token,) = a_batch().tokens
+    async with opened(path) as store:
+        await store.revive("shop", PRODUCTION, [token], 100)
+    async with opened(path) as store:
+        await store.record([], [removal(token, since=100)])
+        assert await store.held_among("shop", PRODUCTION, [token]) == {}
+        assert list(await store.find_removals("shop", None, 0, 9)) == []
+
+
 async def test_purge_leaves_nothing_behind_of_connections_and_of_ids_that_callers_brought(
     path: Path, clock: Clock
 ) -> None:

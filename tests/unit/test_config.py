@@ -737,7 +737,10 @@ MAIN = "[legacy.main]\n"
         (MAIN + "certificate_key = 'x'", ["legacy.main has certificate_key, but no certificate", "add certificate"]),
         (MAIN + "app = ''", ["legacy.main has '' in app, which is no name of an app"]),
         (MAIN + "names = 'a'", ["legacy.main.names must hold texts, below [legacy.main.names]"]),
-        (MAIN + "names = {a.example = 'x'}", ["legacy.main.names.a does not fit: write the whole name in quotes"]),
+        (
+            MAIN + "names = {a.example.com = 'x'}",
+            ['legacy.main.names has a name without quotes: write "a.example.com"'],
+        ),
         (MAIN + "names = {a = 1}", ["legacy.main.names.a does not fit: expected text in quotes"]),
         (MAIN + "names = {a = 'b c'}", ["legacy.main has 'b c' in names, which is no name of an app"]),
         (MAIN + "names = {'10.0.0.7' = 'x'}", ["has the server name '10.0.0.7' in names: write names of the DNS"]),

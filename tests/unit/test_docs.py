@@ -28,6 +28,18 @@ def test_what_is_made_of_the_code_is_as_the_code_has_it(name: str) -> None:
     assert (ROOT / "docs" / name).read_text() == MADE[name](), hint
 
 
+def test_every_event_that_is_logged_is_explained_to_operators() -> None:
+    explained = (ROOT / "docs" / "operations.md").read_text()
+    logged = {
+        event
+        for path in SOURCE.glob("**/*.py")
+        if "simulator" not in path.parts
+        for event in re.findall(r"_log\.(?:debug|info|warning|error)\(\s*\"([^\"]+)\"", path.read_text())
+    }
+    assert {"started", "listening", "gave_up"} <= logged
+    assert [event for event in sorted(logged) if f"`{event}`" not in explained] == []
+
+
 # -- codes -----------------------------------------------------------------------------------------------------------
 
 WHERE_IS_THE_CODE = {"Problem": 1, "Refused": 0, "ErrorItem": 0}
@@ -126,7 +138,8 @@ def test_codes_are_in_the_order_of_the_alphabet(origin: problems.Origin) -> None
     "page", sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("docs/**/*.md")), ids=lambda page: str(page.relative_to(ROOT))
 )
 def test_links_between_pages_lead_somewhere(page: Path) -> None:
-    targets = re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", page.read_text())
+    prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)  # Go has the same brackets
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", prose)
     assert [target for target in targets if not (page.parent / target).exists()] == []
 
 

@@ -24,7 +24,7 @@ def stretch(batch_id: str | None, positions: Sequence[int], at: float = 0.0) -> 
 
 
 def behind(trail: Trail, position: int) -> list[int]:
-    return [each.positions[index] for each, indices in trail.behind(position) for index in indices]
+    return list(trail.behind(position).values())
 
 
 def test_a_frame_is_found_by_its_batch_and_place() -> None:
@@ -43,7 +43,7 @@ def test_everything_behind_a_frame_is_known_until_its_batch_and_all_before_have_
     trail.add(stretch("c", range(7, 9)))
     trail.end("b")
     assert behind(trail, 1) == [2, 3, 5, 4, 6, 7, 8]
-    assert behind(trail, 4) == [5, 6, 7, 8]
+    assert trail.behind(4) == {"b0002": 5, "before-6": 6, "c0001": 7, "c0002": 8}
     assert trail.open == ["a", "c"]
     trail.end("a")
     assert behind(trail, -1) == [7, 8]
@@ -93,7 +93,7 @@ def test_a_mark_tells_token_payload_and_expiration_apart_and_nothing_else() -> N
 
 def test_what_went_out_is_known_again_once_for_each_time() -> None:
     sent = Sent()
-    sent.remember(WHOSE, [(7, "a"), (8, "b"), (7, "c")], now=0.0)
+    sent.remember(WHOSE, [("a", 7), ("b", 8), ("c", 7)], now=0.0)
     taken = sent.take(WHOSE, [6, 7, 7, 7, 8], now=1.0)
     assert sorted(taken) == [1, 2, 4]
     assert {taken[1].id, taken[2].id} == {"a", "c"}
@@ -104,24 +104,24 @@ def test_what_went_out_is_known_again_once_for_each_time() -> None:
 
 def test_what_went_out_for_one_guest_is_not_known_to_another() -> None:
     sent = Sent()
-    sent.remember(WHOSE, [(7, "a")], now=0.0)
+    sent.remember(WHOSE, [("a", 7)], now=0.0)
     assert sent.take(OTHER, [7], now=0.0) == {}
     assert len(sent) == 1
 
 
 def test_what_went_out_is_forgotten_after_a_while_or_where_it_is_too_much() -> None:
     sent = Sent(most=3, keep_s=10.0)
-    sent.remember(WHOSE, [(7, "a")], now=0.0)
-    sent.remember(WHOSE, [(7, "b")], now=5.0)
+    sent.remember(WHOSE, [("a", 7)], now=0.0)
+    sent.remember(WHOSE, [("b", 7)], now=5.0)
     assert len(sent) == 2
     assert sent.take(WHOSE, [7, 7], now=11.0)[0].id == "b"
-    sent.remember(WHOSE, [(number, str(number)) for number in range(5)], now=12.0)
+    sent.remember(WHOSE, [(str(number), number) for number in range(5)], now=12.0)
     assert sorted(sent.take(WHOSE, range(5), now=12.0)) == [2, 3, 4]
 
 
 def test_what_nobody_will_send_again_is_forgotten() -> None:
     sent = Sent()
-    entries = sent.remember(WHOSE, [(7, "a"), (7, "b"), (8, "c")], now=0.0)
+    entries = sent.remember(WHOSE, [("a", 7), ("b", 7), ("c", 8)], now=0.0)
     sent.take(WHOSE, [7], now=0.0)
     sent.forget(entries)
     sent.forget(entries)
@@ -139,7 +139,7 @@ def test_it_is_a_multiset_whatever_is_done_to_it(steps: list[tuple[str, list[int
         now += passed
         model = [(until, mark) for until, mark in model if until > now]
         if what == "r":
-            handles.append(sent.remember(WHOSE, [(mark, "") for mark in those], now))
+            handles.append(sent.remember(WHOSE, [("", mark) for mark in those], now))
             model += [(now + 10.0, mark) for mark in those]
         elif what == "t":
             left = Counter(mark for _, mark in model)

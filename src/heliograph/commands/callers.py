@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 PATH = "/v1/callers"
 
 _SHOWN = 16
-"""Digits of an id that people see; all of it is in the JSON."""
+"""Digits of a certificate's id that people see; all of it is in the JSON."""
 _file = click.Path(path_type=Path, dir_okay=False, exists=True)
 
 
@@ -73,10 +73,13 @@ def add(
       heliograph callers add shop old-shop.p12 --passphrase-file passphrase
       heliograph callers add shop AuthKey_HIJ456KLMN.p8 --team-id DEF123GHIJ
     """
+    from heliograph.config import read_file
+
     content = {"app": app, **{name: value for name, value in given.items() if value is not None}}
     passphrase = None if passphrase_file is None else passphrase_from(passphrase_file)
+    found_there = read_file(file, "FILE")
     try:
-        content |= _public_half(file, key_id, team_id, passphrase)
+        content |= _public_half(file, found_there, key_id, team_id, passphrase)
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from None
     found = server.ask("POST", PATH, content)
@@ -84,7 +87,7 @@ def add(
         tell(found)
         return
     click.echo(f"{click.style(found['name'], bold=True)} may come to {app}.")
-    click.echo(f"  id           {found['id'][:_SHOWN]}")
+    click.echo(f"  id           {_short(found['id'])}")
     click.echo(f"  sends to     {found['environment'] or 'the environment of the port that it comes to'}")
     click.echo(f"  topic        {found['topic'] or 'the one that it names, or the only one of the app'}")
     if found["ends_at"] is not None:
@@ -105,7 +108,7 @@ def show_list(server: Server) -> None:
         for each in found["callers"]:
             where = "  ".join(filter(None, (each["app"], each["environment"], each["topic"])))
             ends = "" if each["ends_at"] is None else f"  {end_of(each)}"
-            click.echo(f"{each['id'][:_SHOWN]:<{_SHOWN + 5}}  {each['kind']}  {each['name']}  {where}{ends}")
+            click.echo(f"{_short(each['id']):<21}  {each['kind']}  {each['name']}  {where}{ends}")
         if not found["callers"]:
             click.echo("There are none.")
 
@@ -122,13 +125,19 @@ def remove(server: Server, caller_id: str) -> None:
     Example:
       heliograph callers remove 9a41c07be2d85f13
     """
+    if not caller_id:
+        raise ConfigError("The ID is empty: write one, or its beginning, as `heliograph callers list` shows it")
     known = [str(each["id"]) for each in server.ask("GET", PATH)["callers"]]
     fit = [each for each in known if each.startswith(caller_id)]
     if len(fit) > 1 and caller_id not in fit:
         raise ConfigError(f"{len(fit)} callers have an ID that begins with {caller_id}: write more of it")
     whole = fit[0] if len(fit) == 1 else caller_id
     path = f"{PATH}/{quote(whole, safe='')}"
-    server.show("DELETE", path, lambda found: click.echo(f"{found['removed'][:_SHOWN]} is removed."))
+    server.show("DELETE", path, lambda found: click.echo(f"{_short(found['removed'])} is removed."))
+
+
+def _short(id: str) -> str:
+    return id if "." in id else id[:_SHOWN]
 
 
 def end_of(caller: dict[str, Any]) -> str:
@@ -153,13 +162,13 @@ def passphrase_from(file: Path) -> bytes:
     return passphrase
 
 
-def _public_half(file: Path, key_id: str | None, team_id: str | None, passphrase: bytes | None) -> dict[str, str]:
+def _public_half(
+    file: Path, content: bytes, key_id: str | None, team_id: str | None, passphrase: bytes | None
+) -> dict[str, str]:
     """What the server is told of a certificate or a key. Raises ConfigError."""
-    from heliograph.config import read_file
     from heliograph.protocols.certificate import nothing_in
     from heliograph.protocols.certificate.files import Sort, items
 
-    content = read_file(file, "FILE")
     sorts = frozenset(piece.sort for piece in items(content))
     if sorts & {Sort.CERTIFICATE, Sort.P12}:
         if key_id is not None or team_id is not None:

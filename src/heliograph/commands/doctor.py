@@ -67,6 +67,10 @@ def _look(path: Path | None, *, offline: bool, send: bool) -> Iterator[Finding]:
         return
     yield findings.ok("configuration", f"readable, with {len(config.apps)} app{'' if len(config.apps) == 1 else 's'}")
     yield from findings.of_machine(config)
+    if config.legacy or config.apple_proxy:
+        from heliograph.commands import listeners
+
+        yield from listeners.of_listeners(config)
     entries = []
     for entry, found in findings.of_apps(config):
         yield from found

@@ -36,7 +36,7 @@ _SOON_DAYS = 30
 _BUILT = datetime(2026, 1, 1, tzinfo=UTC).timestamp()
 """No machine runs this program before."""
 _TOLERANCE_S = 60.0
-_PRIVATE = (DATABASE, f"{DATABASE}-wal", "api-key", "master-key")
+_PRIVATE = (DATABASE, f"{DATABASE}-wal", "api-key", "master-key", "doors.pem", "doors-ca-key.pem")
 
 Level = Literal["ok", "warning", "problem"]
 
@@ -67,7 +67,7 @@ def of_machine(config: Config) -> Iterator[Finding]:
     yield _of_clock(data)
     yield from _of_folder(data)
     yield from _of_master_key(config)
-    holder = _holder(data / DATABASE)
+    holder = holder_of(config)
     yield from _of_database(data / DATABASE, holder)
     yield _of_disk(data)
     yield _of_port(config, holder)
@@ -199,9 +199,9 @@ def _read_only(path: Path) -> apsw.Connection:
     )
 
 
-def _holder(database: Path) -> str | None:
+def holder_of(config: Config) -> str | None:
     """The process id of who has the database open; None: nobody."""
-    lock = Path(f"{database}.lock")
+    lock = Path(config.data) / f"{DATABASE}.lock"
     try:
         file = os.open(lock, os.O_RDONLY)
     except OSError:
@@ -260,14 +260,10 @@ def _of_port(config: Config, holder: str | None) -> Finding:
     where = f"{host}:{port}"
     if port == 0:
         return ok("port of the API", "any free one, as configured")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        socket.create_server((host, port), family=family).close()
-    except OSError as error:
-        if error.errno != errno.EADDRINUSE:
-            return problem(
-                "port of the API", f"{where} cannot be listened on ({error.strerror}): set api.host or api.port"
-            )
+    why = no_port(host, port)
+    if why is not None:
+        if why != _TAKEN:
+            return problem("port of the API", f"{where} cannot be listened on ({why}): set api.host or api.port")
         if holder is not None and _is_ours(own_url(config)):
             return ok("port of the API", f"the server answers on {where}")
         return problem("port of the API", f"another program listens on {where}: stop it, or set api.port")
@@ -276,6 +272,21 @@ def _of_port(config: Config, holder: str | None) -> Finding:
             "port of the API", f"a server runs on this data, but not on {where}: is this the configuration it has?"
         )
     return ok("port of the API", f"{where} is free")
+
+
+_TAKEN = os.strerror(errno.EADDRINUSE)
+
+
+def no_port(host: str, port: int) -> str | None:
+    """Why nothing can listen there; None: it can."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        if isinstance(error, socket.gaierror) or error.errno is None:
+            return error.strerror or str(error)
+        return os.strerror(error.errno)  # its own text repeats the address
+    return None
 
 
 def _is_ours(url: str) -> bool:
@@ -288,7 +299,7 @@ def _is_ours(url: str) -> bool:
 
 def _ask(config: Config, path: str) -> dict[str, Any]:
     """What a running server has there; nothing where it cannot be found. Raises HeliographError."""
-    if config.api.port == 0 or _holder(Path(config.data) / DATABASE) is None:
+    if config.api.port == 0 or holder_of(config) is None:
         return {}
     reply = call(own_url(config), find_key(None, config), "GET", path, b"")
     if reply.status != 200 and "lanes" not in reply.body:  # which /healthz says with 503 too

@@ -108,6 +108,11 @@ def certificate(
     click.echo(f"  host  {_host(server)}, in place of gateway.push.apple.com or gateway.sandbox.push.apple.com")
     click.echo("  port  2195 as before (feedback: 2196), unless the server's configuration names others")
     click.echo(f"  file  {files.pem} or {files.p12}, in place of the one from Apple")
+    if len(environments) > 1:
+        click.echo("Which of the two environments the port says: environment below the server's [legacy.NAME].")
+        click.echo(
+            "Where it says none, make a certificate for one of them: --environment, and --force for these files."
+        )
 
 
 def _chosen_topic(shown: dict[str, Any], topic: str | None) -> str:

@@ -18,10 +18,12 @@ _MAX_PAGE = 1000
 @click.command()
 @click.argument("app", required=False)
 @click.option("--environment", type=click.Choice(["production", "development"]), help="Of this environment.")
-@click.option("--after", metavar="NUMBER", help="Go on there: what came later than this number.")
+@click.option(
+    "--after", type=click.IntRange(min=0), metavar="NUMBER", help="Go on there: what came later than this number."
+)
 @click.option("--limit", type=click.IntRange(min=0), default=0, help="So many at most.  [default: all]")
 @with_server
-def removals(server: Server, app: str | None, environment: str | None, after: str | None, limit: int) -> None:
+def removals(server: Server, app: str | None, environment: str | None, after: int | None, limit: int) -> None:
     """List the device tokens that Apple called dead.
 
     They are those of APP, in the order in which that came to be known. Each has a number. Reading consumes nothing:

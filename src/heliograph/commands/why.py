@@ -34,7 +34,7 @@ _as_one_of_many = partial(re.compile(f" as {_ID}").sub, "")
 
 _PAGE = 1000
 _MOST = 100_000
-"""Notifications of a connection, and removals of an app, that are looked through."""
+"""Notifications of a connection that are looked through."""
 _LAST = 10
 """Notifications to a device token that are shown."""
 _SHOWN = 8
@@ -277,8 +277,8 @@ def _listed(server: Server, most: int, **filters: str) -> Iterator[Receipt]:
 def _nothing_came(server: Server, name: str, identifier: int | None) -> None:
     which = name if identifier is None else f"{name} with the identifier {identifier}"
     text = (
-        f"Nothing is known that came by {which}: it was not taken, or its receipt was forgotten meanwhile. What is "
-        "refused at once is in the server's log: look for legacy_error_packet with the name of the connection."
+        f"Nothing is known that came by {which}: it was not taken, or its receipt was forgotten meanwhile. What could "
+        "not be read is in the server's log alone: look for legacy_error_packet with the name of the connection."
     )
     if server.as_json:
         tell({"connection": name, "identifier": identifier, "error": {"code": "UnknownNotification", "detail": text}})
@@ -343,7 +343,8 @@ def _of_token(server: Server, token: str, app: str | None) -> int:
             tell({"token": token, "error": {"code": "UnknownNotification", "detail": _NOTHING_TO_IT}})
     else:
         click.echo(f"device token {click.style(token, bold=True)}")
-        removals = list(_removals(server, token, {each["app"] for each in found} if app is None else {app}))
+        apps = sorted({each["app"] for each in found}) if app is None else [app]
+        removals = list(_removals(server, token, apps or [None]))
         for sentence in _about_token(found, removals):
             _say(sentence)
         for each in found:
@@ -352,22 +353,15 @@ def _of_token(server: Server, token: str, app: str | None) -> int:
     return exit_code_of(found[0]["state"]) if found else FAILED
 
 
-def _removals(server: Server, token: str, apps: set[str]) -> Iterator[dict[str, Any]]:
-    """Where it is removed, as far as `_MOST` goes."""
-    for app in sorted(apps):
-        after, count = "0", 0
-        while count < _MOST:
-            query = urlencode({"app": app, "after": after, "limit": _PAGE})
-            try:
-                page = server.ask("GET", f"/v1/removals?{query}")
-            except RefusedError as error:
-                if error.problem.get("code") == "UnknownApp":  # there was one
-                    break
+def _removals(server: Server, token: str, apps: Sequence[str | None]) -> Iterator[dict[str, Any]]:
+    """Where it is removed; None: in the only app, if there is only one."""
+    for app in apps:
+        which = {"token": token} if app is None else {"app": app, "token": token}
+        try:
+            yield from server.ask("GET", f"/v1/removals?{urlencode(which)}")["removals"]
+        except RefusedError as error:
+            if error.problem.get("code") not in ("UnknownApp", "MissingApp"):  # there was one, or there are several
                 raise
-            yield from (each for each in page["removals"] if each["token"] == token)
-            if not page["removals"]:
-                break
-            after, count = page["next"], count + len(page["removals"])
 
 
 def _about_token(found: Sequence[Receipt], removals: Sequence[dict[str, Any]]) -> Iterator[str]:

@@ -28,6 +28,7 @@ from heliograph.config.settings import (
     check_proxy,
     check_target,
     is_app_name,
+    is_loopback,
     is_reference,
 )
 
@@ -55,6 +56,7 @@ __all__ = [
     "check_target",
     "explain",
     "is_app_name",
+    "is_loopback",
     "is_reference",
     "load",
     "read_file",

@@ -224,7 +224,7 @@ class _Reader:
         for name, text in value.items():
             if isinstance(text, dict):  # so TOML has a name with dots
                 raise ConfigError(
-                    f'{self._where((*path, name))} does not fit: write the whole name in quotes, as "{name}.com" = ...'
+                    f'{self._where(path)} has a name without quotes: write "{_with_dots(name, text)}" = ...'
                 )
             if not isinstance(text, str):
                 raise ConfigError(f"{self._where((*path, name))} does not fit: expected text in quotes")
@@ -327,6 +327,14 @@ def _table_of(label: str, tables: Collection[str], named: str | None) -> str:
         return named
     alike = [name for name in tables if re.sub("[.-]", "_", name.lower()) == label]
     return alike[0] if label not in tables and len(alike) == 1 else label
+
+
+def _with_dots(name: str, below: Any) -> str:
+    """The name that TOML took for tables in each other."""
+    while isinstance(below, dict) and below:
+        part, below = next(iter(below.items()))
+        name += f".{part}"
+    return name
 
 
 def _is_table(value: Any) -> bool:

@@ -140,7 +140,7 @@ class AppleProxySettings(Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         """Raises ValueError."""
         _check_listener(self.host, self.certificate, self.certificate_key)
-        if not self.tls and not _is_loopback(self.host):
+        if not self.tls and not is_loopback(self.host):
             raise ValueError(
                 f"has tls = false and host {self.host}, so anybody on the way could read API keys: write host = "
                 '"127.0.0.1", or remove tls = false'
@@ -324,7 +324,8 @@ def _is_server_name(text: str) -> bool:
     return _is_host_name(text) is not None and not text.endswith(".") and _address(text) is None
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether this machine alone reaches what listens there."""
     address = _address(host)
     return host.lower() == "localhost" or (address is not None and address.is_loopback)
 

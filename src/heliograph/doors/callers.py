@@ -24,6 +24,7 @@ from heliograph.doors.queries import choose_app
 from heliograph.errors import ConfigError, Refused
 from heliograph.keys import Caller
 from heliograph.model import App, Environment, KnownCaller, PushType, Scope, SigningKey
+from heliograph.net.tls import check_anchor
 from heliograph.protocols import apns, provider_token
 from heliograph.protocols.certificate import Particulars, particulars
 from heliograph.protocols.certificate.files import Sort, items, unpack
@@ -195,9 +196,11 @@ def _shown_certificate(pem: str) -> _Shown:
             raise Refused("BadCaller", text, field="certificate")
         leaf = callers.leaf_of(unpack(content).certificates)
         facts = particulars(leaf)
+        shown = leaf.public_bytes(Encoding.PEM)
+        check_anchor(shown)
     except ConfigError as error:
         raise Refused("BadCaller", f"certificate: {error}.", field="certificate") from None
-    return _Shown(facts.fingerprint, facts.name, facts, certificate=leaf.public_bytes(Encoding.PEM))
+    return _Shown(facts.fingerprint, facts.name, facts, certificate=shown)
 
 
 def _shown_key(pem: str, key_id: str | None, team_id: str | None) -> _Shown:

@@ -774,11 +774,12 @@ OPERATIONS = (
         parameters=(
             Parameter("app", "query", "Of this app. Default: the only one.", {}, "shop"),
             Parameter("environment", "query", "Of this environment only.", {"enum": list(Environment)}),
+            Parameter("token", "query", "Of this device token only.", _HEX),
             Parameter("after", "query", "The `next` of the former answer; none: from the beginning.", _NUMBER),
             _LIMIT,
         ),
         replies=(Reply(200, "A page of them.", (removals.RemovalsBody,), {"removals": [_REMOVAL], "next": "4711"}),),
-        codes=("AppNotAllowed", "BadParameter", "MissingApp", "UnknownApp", "UnknownParameter"),
+        codes=("AppNotAllowed", "BadDeviceToken", "BadParameter", "MissingApp", "UnknownApp", "UnknownParameter"),
     ),
     Operation(
         id="register",
@@ -788,8 +789,8 @@ OPERATIONS = (
         summary="Say that device tokens were registered",
         description=(
             "An app that starts registers, and may get a device token that was dead before. Sent here, it is sent to "
-            "again, unless Apple called it dead after that moment. A device token that was never held back needs no "
-            "registration, and it does no harm."
+            "again, unless Apple called it dead after that moment: what Apple says of the time before is not counted, "
+            "also where it is learnt later. So send only what an app did register, and `at` where that is not now."
         ),
         scopes=_SEND,
         body=removals.NewRegistrations,

@@ -146,8 +146,8 @@ class Notifications:
             self._waits.discard(wait)
 
     async def _get(self, call: Call) -> Answer:
-        (receipt,) = await self._relay.receipts([_named(call)])
-        if receipt is None or not call.caller.may_use(receipt.app):
+        (receipt,) = await self._relay.receipts([_named(call)], call.caller.apps)
+        if receipt is None:
             raise _unknown()
         return Answer(200, encode(receipt_body(receipt)))
 

@@ -103,16 +103,20 @@ class RemovalListing(NamedTuple):
     environment: Environment | None
     after: int
     limit: int
+    token: bytes | None
+    """This device token alone."""
 
 
 def removals(exchange: Exchange, caller: Caller, apps: Collection[str]) -> RemovalListing:
     """The query of a list of removals. Raises Refused and Problem."""
-    query = _Query(exchange, "app", "environment", "after", "limit")
+    query = _Query(exchange, "app", "environment", "token", "after", "limit")
+    token = query.get("token")
     return RemovalListing(
         choose_app(caller, apps, query.get("app")),
         query.one_of("environment", {each.value: each for each in Environment}),
         query.number("after"),
         query.limit(),
+        None if token is None else check_token(token),
     )
 
 

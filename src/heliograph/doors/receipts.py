@@ -141,6 +141,8 @@ def meaning(receipt: Receipt) -> str:
     said = _MEANINGS[state]
     known = None if reason is None or status is None else reasons.find(reason, status)
     match state:
+        case State.REJECTED if receipt.why is not None:  # Apple said nothing
+            return f"It was refused as it came, and Apple was not asked: {receipt.why.rstrip('.')}."
         case State.REJECTED:
             return f"{said} {reasons.find(reason, status).meaning}"
         case State.QUEUED if receipt.cancelling:

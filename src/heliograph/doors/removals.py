@@ -100,7 +100,7 @@ class RemovalsPart:
 
     async def _list(self, call: Call) -> Answer:
         wanted = removals(call.exchange, call.caller, self._apps)
-        found = await self._store.find_removals(wanted.app, wanted.environment, wanted.after, wanted.limit)
+        found = await self._store.find_removals(*wanted)
         last = found[-1].number if found else wanted.after
         return Answer(200, _encode(RemovalsBody([_show(each) for each in found], str(last))))
 

@@ -26,11 +26,10 @@ if TYPE_CHECKING:
 
 AUTHORITY = "doors-ca.pem"
 """In the data folder: the authority's certificate, for clients that verify."""
-
-_AUTHORITY_KEY = "doors-ca-key.pem"
+AUTHORITY_KEY = "doors-ca-key.pem"
 """The same with its private key."""
-_SERVER = "doors.pem"
-"""The server's certificate with its private key."""
+SERVER = "doors.pem"
+"""The same folder: the server's certificate with its private key."""
 _LOCK = "doors.lock"
 
 _OURS = ("localhost", "127.0.0.1", "::1")
@@ -91,20 +90,20 @@ def _configured(certificate: str, certificate_key: str | None) -> tuple[bytes, b
 
 
 def _made(data: Path, now: datetime.datetime) -> tuple[bytes, bytes]:
-    authority, authority_key = _read(data / _AUTHORITY_KEY) or (None, None)
+    authority, authority_key = _read(data / AUTHORITY_KEY) or (None, None)
     if authority is None or authority_key is None or authority.not_valid_after_utc < now + LIFETIME:
         authority_key = _new_key()
         # A client that has an older one of the same name would look no further.
         name = f"heliograph CA {os.urandom(4).hex()}"
         authority = make_authority(name, authority_key, now, _AUTHORITY_LIFETIME)
-        _write(data / _AUTHORITY_KEY, _pem(authority) + _key_pem(authority_key))
+        _write(data / AUTHORITY_KEY, _pem(authority) + _key_pem(authority_key))
     if _content(data / AUTHORITY) != _pem(authority):
         _write(data / AUTHORITY, _pem(authority))
-    certificate, key = _read(data / _SERVER) or (None, None)
+    certificate, key = _read(data / SERVER) or (None, None)
     if certificate is None or key is None or not _is_good(certificate, authority, now):
         key = _new_key()
         certificate = issue_server("heliograph", _names(), key, _common_name(authority), authority_key, now)
-        _write(data / _SERVER, _pem(certificate) + _key_pem(key))
+        _write(data / SERVER, _pem(certificate) + _key_pem(key))
     return _pem(certificate) + _pem(authority), _key_pem(key)
 
 

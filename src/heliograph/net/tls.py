@@ -117,7 +117,8 @@ def legacy_context(
     `anchors`: the certificates that are taken, each by itself: whoever issued it is not asked, and neither is the
     calendar. A client with another one is refused, and so is one with none where one is `required`. What an anchor has
     issued passes as well where its own extensions allow that: look at what was shown. No session ticket comes after a
-    handshake, see `streams`. Below TLS 1.2 OpenSSL's security level is 0 for this context: TLS 1.0 signs with SHA-1.
+    handshake, see `streams`. An anchor that OpenSSL cannot read is left out. Below TLS 1.2 OpenSSL's security level is
+    0 for this context: TLS 1.0 signs with SHA-1.
 
     Raises ConfigError.
     """
@@ -136,13 +137,41 @@ def legacy_context(
         context.minimum_version = _VERSIONS[minimum]
     context.verify_mode = ssl.CERT_REQUIRED if required else ssl.CERT_OPTIONAL
     context.verify_flags |= _ANCHOR_FLAGS
-    if anchors:
-        with _file_of(b"".join(map(_trusted, anchors))) as name:
-            context.load_verify_locations(name)
+    _take(context, anchors)
     context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION
     # That of TLS 1.2 is part of the handshake, and stays: without it OpenSSL keeps 20,480 sessions, of 5 kB each.
     context.num_tickets = 0
     return context
+
+
+def check_anchor(pem: bytes) -> None:
+    """Whether `legacy_context` can take it. Raises ConfigError: OpenSSL does not read all that others do."""
+    try:
+        _trust(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), [pem])
+    except ssl.SSLError as error:
+        raise ConfigError(
+            "No client can come with this certificate, as OpenSSL cannot read it: have another one made "
+            f"({error.reason or 'OpenSSL says nothing more'})"
+        ) from None
+
+
+def _take(context: ssl.SSLContext, anchors: Sequence[bytes]) -> None:
+    """Those that OpenSSL reads: one that it does not read any more must not shut out the others."""
+    if not anchors:
+        return
+    try:
+        _trust(context, anchors)
+    except ssl.SSLError:
+        half = len(anchors) // 2
+        if half:
+            _take(context, anchors[:half])
+            _take(context, anchors[half:])
+
+
+def _trust(context: ssl.SSLContext, anchors: Sequence[bytes]) -> None:
+    """Raises ssl.SSLError."""
+    with _file_of(b"".join(map(_trusted, anchors))) as name:
+        context.load_verify_locations(name)
 
 
 def client_context(ca: bytes | Path | None = None, certificate: ClientCertificate | None = None) -> ssl.SSLContext:

@@ -239,12 +239,11 @@ class SqliteStore:
         dead, held = self._hold_back(removals, quarantines)
         await self._writer.run(self._jobs.keep, Kept(rows, known, _own_ids(batches), dead, held))
 
-    async def find_receipts(self, ids: Sequence[str]) -> Sequence[Receipt | None]:
-        """By our ids, and where there is none such, by those that callers brought: of several the one stored last.
-
-        The receipt has our id then, and theirs as its `apns_id`. In whatever case an id is written, it is the same.
-        """
+    async def find_receipts(self, ids: Sequence[str], apps: Collection[str] | None = None) -> Sequence[Receipt | None]:
+        """In whatever case an id is written, it is the same."""
         receipts: list[Receipt | None] = [None] * len(ids)
+        if apps is not None and not apps:
+            return receipts
         canonical = list(map(str.lower, ids))
         wanted: dict[str, list[int]] = {}
         for position, text in enumerate(canonical):
@@ -252,6 +251,8 @@ class SqliteStore:
                 wanted.setdefault(text[:-4], []).append(position)
         if wanted:
             for row in await self._read(sqlite_reading.receipt_rows, tuple(map(key_of, wanted))):
+                if apps is not None and row[1] not in apps:
+                    continue
                 details, places = details_of(row[7]), places_of(row[-1])
                 for position in wanted[id_of(row[0])]:
                     receipts[position] = receipt(canonical[position], row, details, places)
@@ -261,7 +262,8 @@ class SqliteStore:
                     if receipts[position] is None:
                         brought.setdefault(apns_id_key(canonical[position]), []).append(position)
             if brought:
-                for octets, place, row in await self._read(sqlite_reading.own_rows, tuple(brought)):
+                of_apps = None if apps is None else tuple(apps)
+                for octets, place, row in await self._read(sqlite_reading.own_rows, tuple(brought), of_apps):
                     name = notification_id(id_of(row[0]), place)
                     found = receipt(name, row, details_of(row[7]), places_of(row[-1]))
                     for position in brought[octets]:
@@ -269,11 +271,12 @@ class SqliteStore:
         return receipts
 
     async def find_removals(
-        self, app: str, environment: Environment | None, after: int, limit: int
+        self, app: str, environment: Environment | None, after: int, limit: int, token: bytes | None = None
     ) -> Sequence[Listed]:
         """One connection writes, so numbers become visible in their order: none below one that was read comes later."""
         environments = tuple(Environment) if environment is None else (environment,)
-        return await self._read(sqlite_reading.find_removals, app, environments, after, limit, self._now())
+        octets = None if token is None else octets_of(token.decode())
+        return await self._read(sqlite_reading.find_removals, app, environments, after, limit, octets, self._now())
 
     async def told_until(self, app: str, environment: Environment) -> int:
         return await self._read(sqlite_reading.told_until, app, environment)
@@ -282,11 +285,17 @@ class SqliteStore:
         await self._writer.run(sqlite_records.tell, (app, environment.value, number))
 
     async def revive(self, app: str, environment: Environment, tokens: Collection[bytes], at: float) -> int:
-        """In whole seconds: one that died within the second of its registration lives."""
-        if not tokens:
-            return 0
-        octets = tuple(octets_of(token.decode()) for token in tokens)
-        return await self._writer.run(sqlite_records.revive, (app, environment.value, octets, int(at), self._now()))
+        """In whole seconds: one that died within the second of its registration lives.
+
+        Many are written a part at a time. Remembered as long as removals: see `sqlite_records.REMOVAL_LAPSES_S`.
+        """
+        octets = sorted({octets_of(token.decode()) for token in tokens})
+        revived = 0
+        for start in range(0, len(octets), sqlite_records.REVIVED_AT_ONCE):
+            some = tuple(octets[start : start + sqlite_records.REVIVED_AT_ONCE])
+            asked = app, environment.value, some, int(at), self._now()
+            revived += await self._writer.run(sqlite_records.revive, asked)
+        return revived
 
     async def held_among(self, app: str, environment: Environment, tokens: Collection[bytes]) -> dict[bytes, str]:
         if self._held is not None:
@@ -328,8 +337,8 @@ class SqliteStore:
     async def purge(self, before: float) -> int:
         """Delete finished batches made before `before` (UNIX seconds), and with them their receipts and callers' ids.
 
-        Returns how many batches. Unfinished ones stay, whatever their age. Then removals that are older than
-        `sqlite_records.REMOVAL_LAPSES_S` and quarantines that ended.
+        Returns how many batches. Unfinished ones stay, whatever their age. Then removals and registrations that are
+        older than `sqlite_records.REMOVAL_LAPSES_S` and quarantines that ended.
         """
         purged = 0
         place: bytes | None = b""

@@ -26,7 +26,8 @@ from heliograph.stores.sqlite_rows import CANONICAL, details_of, id_of, key_of, 
 _HELD = """
 SELECT value, CASE
     WHEN EXISTS (
-        SELECT 1 FROM removal WHERE app = ?2 AND environment = ?3 AND token = coalesce(unhex(value), value))
+        SELECT 1 FROM removal
+        WHERE app = ?2 AND environment = ?3 AND token = coalesce(unhex(value), value) AND recorded_at > ?5)
     THEN 'Unregistered'
     WHEN EXISTS (
         SELECT 1 FROM quarantine
@@ -59,12 +60,19 @@ FROM carray(?) AS wanted CROSS JOIN batch ON batch.id = wanted.value LEFT JOIN o
 _OWN = """
 SELECT value, place, batch.id
 FROM carray(?) AS wanted CROSS JOIN apns_id AS own ON (row, place) = (
-    SELECT row, place FROM apns_id INDEXED BY apns_id_id WHERE id = wanted.value ORDER BY row DESC, place DESC LIMIT 1)
+    SELECT row, place FROM apns_id AS each INDEXED BY apns_id_id WHERE each.id = wanted.value {whose}
+    ORDER BY row DESC, place DESC LIMIT 1)
 CROSS JOIN batch USING (row)"""
+
+_OF_APPS = "AND EXISTS (SELECT 1 FROM batch WHERE batch.row = each.row AND app IN (SELECT value FROM carray(?)))"
 
 _REMOVALS = """
 SELECT number, token, since FROM removal INDEXED BY removal_number
 WHERE app = ? AND environment = ? AND number > ? AND recorded_at > ? ORDER BY number LIMIT ?"""
+
+_REMOVAL_OF = """
+SELECT number, token, since FROM removal
+WHERE app = ? AND environment = ? AND number > ? AND recorded_at > ? AND token = ? LIMIT ?"""
 
 _BURIED = f"""
 SELECT {COLUMNS} FROM outcome INDEXED BY outcome_buried
@@ -96,9 +104,16 @@ def receipt_rows(db: apsw.Connection, keys: tuple[bytes, ...]) -> list[Row]:
     return rows
 
 
-def own_rows(db: apsw.Connection, wanted: tuple[bytes, ...]) -> list[tuple[bytes, int, Row]]:
-    """For each of these ids that a caller brought, as octets: the place, and the row of `receipt_rows`."""
-    found: list[Row] = db.execute(_OWN, (apsw.carray(wanted),)).fetchall()
+def own_rows(
+    db: apsw.Connection, wanted: tuple[bytes, ...], apps: tuple[str, ...] | None
+) -> list[tuple[bytes, int, Row]]:
+    """For each of these ids that a caller of these apps brought, as octets: the place, and the row of `receipt_rows`.
+
+    Callers of several apps may have brought the same id.
+    """
+    sql = _OWN.format(whose="" if apps is None else _OF_APPS)
+    of_apps = () if apps is None else (apsw.carray(apps),)
+    found: list[Row] = db.execute(sql, (apsw.carray(wanted), *of_apps)).fetchall()
     rows = {row[0]: row for row in receipt_rows(db, tuple({key for _, _, key in found}))} if found else {}
     return [(octets, place, rows[key]) for octets, place, key in found if key in rows]
 
@@ -168,7 +183,8 @@ def held_among(
     db: apsw.Connection, app: str, environment: Environment, tokens: tuple[bytes, ...], now: float
 ) -> dict[bytes, str]:
     """Which of these are held back at `now`, by the store's own clock, and why."""
-    rows: list[Row] = db.execute(_HELD, (apsw.carray(tokens), app, environment.value, now)).fetchall()
+    wanted = apsw.carray(tokens), app, environment.value
+    rows: list[Row] = db.execute(_HELD, (*wanted, now, now - REMOVAL_LAPSES_S)).fetchall()
     return dict(rows)
 
 
@@ -184,14 +200,25 @@ def held_page(db: apsw.Connection, sql: str, place: Row) -> list[Row]:
 
 
 def find_removals(
-    db: apsw.Connection, app: str, environments: Collection[Environment], after: int, limit: int, now: float
+    db: apsw.Connection,
+    app: str,
+    environments: Collection[Environment],
+    after: int,
+    limit: int,
+    token: bytes | None,
+    now: float,
 ) -> list[Listed]:
-    """Up to `limit` with numbers above `after`, in their order, that have not lapsed at `now` (the store's clock)."""
+    """Up to `limit` with numbers above `after`, in their order, that have not lapsed at `now` (the store's clock).
+
+    `token`: of this one alone, as octets.
+    """
+    sql, which = (_REMOVALS, ()) if token is None else (_REMOVAL_OF, (token,))
     since = now - REMOVAL_LAPSES_S
     found = []
     with db:  # one moment for all: a reader who saw a higher number never looks for a lower one again
         for environment in environments:
-            rows: list[Row] = db.execute(_REMOVALS, (app, environment.value, after, since, max(0, limit))).fetchall()
+            place = app, environment.value, after, since, *which, max(0, limit)
+            rows: list[Row] = db.execute(sql, place).fetchall()
             for number, octets, dead_since in rows:
                 found.append(Listed(number, Removal(app, environment, DeviceToken(octets.hex()), dead_since)))
     found.sort(key=attrgetter("number"))

@@ -19,13 +19,17 @@ from heliograph.stores.sqlite_file import Row
 from heliograph.stores.sqlite_rows import write_rows
 
 REMOVAL_LAPSES_S = 180 * 86400.0
-"""How long a removal holds. Whoever never registers device tokens with us would otherwise hold one back for ever."""
+"""How long a removal or a registration holds. Who never registers device tokens with us would otherwise have one held
+back for ever."""
 
 ONCE_LAPSES_S = 86400.0
 """How long a request may be repeated without being taken again."""
 
 STEP_S = 0.003
 """How long one step of a purge may keep the writer, about."""
+
+REVIVED_AT_ONCE = 100
+"""Device tokens whose registration is written in one step; a step takes some milliseconds."""
 
 _RECORD = """
 INSERT INTO outcome (row, attempt, states, times_ms, details, buried_id, buried_app)
@@ -42,14 +46,18 @@ INSERT INTO outcome (row, attempt, states, times_ms, details, buried_id, buried_
 
 _KEEP_APNS_IDS = "INSERT INTO apns_id (row, place, id) VALUES {rows}"
 
-# What died again gets a new number.
-_OUTDATED = """
+# What died again gets a new number, and so does what is said again after it lapsed.
+_OUTDATED = f"""
 DELETE FROM removal WHERE number IN (
-    SELECT number FROM (VALUES {rows})
-    CROSS JOIN removal ON app = column1 AND environment = column2 AND token = column3 WHERE since < column4)"""
+    SELECT number FROM (VALUES {{rows}})
+    CROSS JOIN removal ON app = column1 AND environment = column2 AND token = column3
+    WHERE since < column4 OR recorded_at <= column5 - {REMOVAL_LAPSES_S})"""  # noqa: S608 - a number of ours
 
+# What Apple said of a token before its registration may come to be known after it.
 _REMOVE = """
-INSERT INTO removal (app, environment, token, since, recorded_at) VALUES {rows}
+INSERT INTO removal (app, environment, token, since, recorded_at)
+SELECT * FROM (VALUES {rows}) WHERE NOT EXISTS (
+    SELECT 1 FROM registration WHERE app = column1 AND environment = column2 AND token = column3 AND at >= column4)
 ON CONFLICT (app, environment, token) DO NOTHING"""
 
 _QUARANTINE = """
@@ -62,6 +70,10 @@ ON CONFLICT (app, environment) DO UPDATE SET number = excluded.number WHERE excl
 
 _REVIVE = """
 DELETE FROM removal WHERE app = ? AND environment = ? AND token IN carray(?) AND since <= ? RETURNING token"""
+
+_REGISTER = """
+INSERT INTO registration (app, environment, token, at) SELECT ?, ?, value, ?4 FROM carray(?3) WHERE true
+ON CONFLICT (app, environment, token) DO UPDATE SET at = excluded.at WHERE excluded.at > registration.at"""
 
 _RELEASE = "DELETE FROM quarantine WHERE app = ? AND environment = ? AND token IN carray(?) RETURNING token, until"
 
@@ -82,6 +94,9 @@ DELETE FROM removal WHERE number IN (
     """
 DELETE FROM quarantine WHERE (app, environment, token) IN (
     SELECT app, environment, token FROM quarantine INDEXED BY quarantine_until WHERE until <= ? LIMIT 64)""",
+    """
+DELETE FROM registration WHERE (app, environment, token) IN (
+    SELECT app, environment, token FROM registration INDEXED BY registration_at WHERE at <= ? LIMIT 64)""",
     """
 DELETE FROM once WHERE key IN (
     SELECT key FROM once INDEXED BY once_kept WHERE kept_at <= ? LIMIT 16)""",
@@ -139,6 +154,7 @@ def revive(db: apsw.Connection, calls: Sequence[tuple[str, str, tuple[bytes, ...
     answers = []
     for app, environment, tokens, at, now in calls:
         wanted = (app, environment, apsw.carray(tokens))
+        db.execute(_REGISTER, (*wanted, at))
         free = {token for (token,) in db.execute(_REVIVE, (*wanted, at))}
         free.update(token for token, until in db.execute(_RELEASE, wanted) if until > now)
         answers.append(len(free))
@@ -220,13 +236,14 @@ def purge(db: apsw.Connection, calls: Sequence[tuple[bytes, bytes]]) -> list[tup
 
 
 def lapse(db: apsw.Connection, calls: Sequence[float]) -> list[bool]:
-    """Delete removals, quarantines and what was taken once that lapsed, for one step; whether there may be more.
+    """Delete what lapsed and is no notification, for one step; whether there may be more.
 
     A call's argument is the time, by the store's own clock.
     """
     now = max(calls)
     ends_at = time.monotonic() + STEP_S
-    for sql, until in zip(_LAPSED, (now - REMOVAL_LAPSES_S, now, now - ONCE_LAPSES_S), strict=True):
+    ends = now - REMOVAL_LAPSES_S, now, now - REMOVAL_LAPSES_S, now - ONCE_LAPSES_S
+    for sql, until in zip(_LAPSED, ends, strict=True):
         while True:
             db.execute(sql, (until,))
             if not db.changes():
