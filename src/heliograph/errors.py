@@ -6,12 +6,11 @@ HeliographError
 ├── Overloaded         we cannot take more now; carries when to try again
 ├── Repeated           this request was taken before; its answer is kept
 ├── ConfigError        the configuration, a file or an argument is wrong; the text says what to change
-├── StoreError         the store cannot be trusted or cannot be reached
-│   └── StoreBusy      another process holds the store; names its pid
-└── NotConnected       `send()` could not ask Apple: the outcome is in `unknown`
+└── StoreError         the store cannot be trusted or cannot be reached
+    └── StoreBusy      another process holds the store; names its pid
 ```
 
-Apple's "no" is a value (`model.Answered`); "I could not ask" is an exception.
+Whatever Apple says, or does not say, is a value (`model.Outcome`).
 """
 
 from __future__ import annotations
@@ -58,11 +57,3 @@ class StoreError(HeliographError):
 
 class StoreBusy(StoreError):
     """Another process holds this store."""
-
-
-class NotConnected(HeliographError):
-    """Apple could not be asked in time. `unknown` says whether the request may have arrived all the same."""
-
-    def __init__(self, detail: str, *, unknown: bool) -> None:
-        super().__init__(detail)
-        self.unknown = unknown

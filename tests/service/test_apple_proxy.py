@@ -88,6 +88,7 @@ class Place:
             "main",
             AppleProxySettings(port=0, **settings),
             relay=self.relay,
+            store=self.store,
             apps=self.apps,
             keyring=self.keyring,
             callers=self.callers,
@@ -265,12 +266,15 @@ async def test_apples_no_comes_back_with_reason_and_time(place: Place) -> None:
         again = await proxy.push(client=client)
         place.apple.misbehaves(Answer(429, "TooManyRequests", retry_after_s=7), times=1)
         too_many = await proxy.push(device=token(2), client=client)
+        place.apple.misbehaves(Answer(503, "ServiceUnavailable", retry_after_s=9), times=1)
+        busy = await proxy.push(device=token(2), client=client)
         place.apple.misbehaves(Answer(500, "InternalServerError"), times=1)
         trouble = await proxy.push(device=token(2), client=client)
     assert (gone.status_code, gone.json()) == (410, {"reason": "Unregistered", "timestamp": 1_700_000_000_123})
     assert gone.headers["apns-id"] == OWN
     assert again.json() == gone.json(), "Apple is asked again"
     assert (reason(too_many), too_many.headers["retry-after"]) == ((429, "TooManyRequests"), "7")
+    assert (reason(busy), busy.headers["retry-after"]) == ((503, "ServiceUnavailable"), "9")
     assert reason(trouble) == (500, "InternalServerError")
 
 
@@ -341,6 +345,51 @@ async def test_api_key_opens_what_it_is_for_until_it_is_removed(place: Place) ->
         (200, None),
         (403, "InvalidProviderToken"),
     ]
+
+
+async def test_tenants_that_share_a_connection_are_told_apart_request_by_request(place: Place) -> None:
+    """As by a proxy of their own in front of this one: all in one write, so that they are read together."""
+    await place.register()
+    shown = [
+        mint(CALLER_KEY, time.time()),
+        (await place.keyring.make("the till", [Scope.SEND], ["till"]))[1],
+        "somebody",
+    ]
+    async with place.proxy(tls=False) as proxy, bare(proxy.door) as client:
+        expected: dict[int, bytes] = {}
+        for number in range(60):
+            stream_id, who, till = 2 * number + 1, number % 3, number % 2
+            fields = [("authorization", f"bearer {shown[who]}"), ("apns-topic", OTHER_TOPIC if till else TOPIC)]
+            client.h2.send_headers(stream_id, [*BASICS, *fields])
+            client.h2.send_data(stream_id, PAYLOAD, end_stream=True)
+            expected[stream_id] = b"403" if who == 2 else b"200" if who == till else b"400"
+        client.writer.write(client.h2.data_to_send())
+        ended: set[int] = set()
+
+        def all_ended(each: Event) -> bool:
+            if isinstance(each, StreamEnded):
+                ended.add(each.stream_id)
+            return ended == set(expected)
+
+        await client.until(all_ended)
+        got = {
+            each.stream_id: dict(each.headers or [])[b":status"]
+            for each in client.events
+            if isinstance(each, ResponseReceived)
+        }
+    assert got == expected
+    assert {each.topic for each in place.apple.received} == {TOPIC, OTHER_TOPIC}
+    assert len(place.apple.received) == 20
+
+
+async def test_what_is_neither_key_nor_provider_token_is_called_that_in_the_log(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(AppleProxy, "complain", lambda _, refused: told.append(refused.detail))
+    async with place.proxy() as proxy:
+        assert reason(await proxy.push(bearer="hg_mistyped")) == (403, "InvalidProviderToken")
+    assert told == ["What was shown is neither an API key that is known here nor a provider token."]
 
 
 async def test_api_key_ends_on_its_day(place: Place) -> None:
@@ -627,7 +676,24 @@ async def test_durable_app_refuses_at_once_what_is_known_to_be_dead(place: Place
             *[proxy.push({"apns-id": OWN}, device=token(number), client=client) for number in (1, 2)]
         )
     assert [reason(each) for each in answers] == [(410, "Unregistered"), (200, None)]
+    assert answers[0].json()["timestamp"] == 1_700_000_000_000
     assert {each.headers["apns-id"] for each in answers} == {OWN}
+
+
+async def test_dead_token_has_a_time_though_the_store_cannot_be_read(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*_: Any) -> None:
+        raise StoreError("the disk is gone")
+
+    place.apple.unregister(token(1), 1_700_000_000_000)
+    async with place.proxy(durable=("shop",)) as proxy, proxy.client() as client:
+        answer = await proxy.push(client=client)
+        assert (await place.receipt(answer.headers["apns-id"])).state is State.REJECTED
+        monkeypatch.setattr(place.store, "find_removals", fail)
+        answer = await proxy.push(client=client)
+    assert reason(answer) == (410, "Unregistered")
+    assert abs(answer.json()["timestamp"] / 1000 - place.clock()) < PATIENCE_S
 
 
 async def test_durable_app_asks_to_come_again_where_too_much_waits(tmp_path: Path) -> None:
@@ -713,6 +779,7 @@ async def test_port_that_is_taken_is_said(place: Place) -> None:
                 "other",
                 AppleProxySettings(port=proxy.door.port),
                 relay=place.relay,
+                store=place.store,
                 apps=place.apps,
                 keyring=place.keyring,
                 callers=place.callers,

@@ -16,7 +16,7 @@ from heliograph.errors import StoreError
 from heliograph.model import ACCEPTED, MAX_BATCH, Answered, Environment, Headers, NotProcessed, Outcome, State
 from heliograph.protocols.http2 import ErrorCode
 from heliograph.relay import sends
-from heliograph.simulator.faults import Answer, Delay, Reset
+from heliograph.simulator.faults import Answer, Delay, Reset, Withhold
 from heliograph.simulator.server import Simulator
 from tests.service.house import APP, HEADERS, PATIENCE_S, PAYLOAD, TOPIC, House, open_house, token
 
@@ -210,3 +210,20 @@ async def test_store_that_fails_for_long_costs_receipts_and_nothing_else(
     found = [await house.relay.receipt(each, PATIENCE_S) for each in caller.ids]
     assert [each is not None for each in found] == [False] * 3 + [True] * 3
     assert not house.relay._sends.unkept
+
+
+async def test_dead_token_is_known_at_once_though_another_of_its_sheet_waits_for_its_answer(
+    house: House, apple: Simulator
+) -> None:
+    apple.unregister(token(2), 1_700_000_000_000)
+    apple.misbehaves(Withhold(), times=1)
+    caller = Caller(house)
+    caller.send(1)
+    caller.send(2)
+    (gone,) = await caller.outcomes(1)
+    assert isinstance(gone, Answered)
+    async with asyncio.timeout(PATIENCE_S):
+        while not (told := await house.store.find_removals(APP, PRODUCTION, 0, 10)):  # noqa: ASYNC110 - nobody tells
+            await asyncio.sleep(0.01)
+    assert [each.removal.token for each in told] == [token(2)]
+    assert len(house.relay._sends.unkept) == 1

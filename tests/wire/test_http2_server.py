@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import hpack
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from heliograph.protocols.http2 import (
     Answer,
@@ -19,6 +21,7 @@ from heliograph.protocols.http2 import (
     ServerConnection,
     SettingsChanged,
 )
+from heliograph.protocols.http2.core import Connection
 from tests.wire import frames_by_hand as by_hand
 from tests.wire.frames_by_hand import (
     CODES,
@@ -996,3 +999,95 @@ def test_a_streams_window_beyond_all_bounds_resets_that_stream() -> None:
     new.receive(request(1), request(3), window_update(1, 2**31 - 1))
     assert new.resets() == [(1, "FLOW_CONTROL_ERROR")]
     assert new.cancelled == [1]
+
+
+# -- the short way of whole requests ---------------------------------------------------------------------------------
+
+STEPS = st.one_of(
+    st.tuples(st.just("whole"), st.sampled_from([BODY, b"", b"x" * 100]), st.sampled_from([(), "good", "bad"])),
+    st.tuples(st.just("malformed"), st.just(BODY), st.just(())),
+    st.tuples(st.just("large fields"), st.just(BODY), st.just(())),
+    st.tuples(st.just("gap"), st.just(BODY), st.just(())),
+    st.tuples(st.just("padded"), st.just(BODY), st.just(())),
+    st.tuples(st.just("open"), st.just(BODY), st.sampled_from([(), "good", "bad"])),
+    st.tuples(st.just("close"), st.sampled_from([BODY, b"", b"x" * 100]), st.just(())),
+    st.tuples(st.just("answer"), st.just(b""), st.just(())),
+    st.tuples(st.just("goaway"), st.just(b""), st.just(())),
+    st.tuples(st.just("fewer streams"), st.just(b""), st.just(())),
+)
+
+
+@given(st.lists(STEPS, max_size=20), st.integers(1, 400))
+def test_a_request_means_the_same_by_the_short_way_and_by_the_long_one(
+    steps: list[tuple[str, bytes, Any]], cut: int
+) -> None:
+    limits = Limits(header_octets=2000)
+    servers = [Server(max_streams=8, max_body=64, limits=limits).greeted() for _ in range(2)]
+    short, long = servers
+    core = long.core
+
+    def base_frames(buffer: bytes, start: int, now: float, events: list[Event]) -> int:
+        return start + Connection._frames(core, buffer[start:], now, events)
+
+    core._read = base_frames  # type: ignore[method-assign]
+    stream_id, octets, still_open = 1, b"", 0
+    for what, body, length in steps:
+        more = ((b"content-length", b"%d" % (len(body) + (length == "bad"))),) if length else ()
+        if what == "whole":
+            octets = request(stream_id, body, more)
+        elif what == "malformed":
+            octets = request(stream_id, body, ((b"Upper", b"case"),))
+        elif what == "large fields":
+            octets = request(stream_id, body, ((b"x", b"y" * 1900), (b"z", b"y" * 1900)))
+        elif what == "gap":
+            stream_id += 4
+            octets = request(stream_id, body)
+        elif what == "padded":
+            octets = begun(stream_id) + data(stream_id, body, end=True, padding=3)
+        elif what == "open":
+            octets, still_open = begun(stream_id, more), stream_id
+        elif what == "close":
+            octets = data(still_open or 99, body, end=True)
+        else:
+            for server in servers:
+                if what == "answer":
+                    server.answer(*[Answer(each.stream_id, 200) for each in server.events if isinstance(each, Request)])
+                elif what == "goaway":
+                    server.core.goaway()
+                else:
+                    server.core.set_max_streams(2)
+            continue
+        stream_id += 2 * (what != "close")
+        for server in servers:
+            for start in range(0, len(octets), cut):
+                server.receive(octets[start : start + cut])
+        assert short.events == long.events
+        assert short.frames() == long.frames()
+        assert short.core.open_streams == long.core.open_streams
+
+
+def test_whole_requests_that_come_together_open_the_window_again() -> None:
+    server = Server(max_streams=1000).greeted()
+    for number in range(100):
+        server.receive(request(2 * number + 1, b"x" * 16_000))
+        server.answer(Answer(2 * number + 1, 200))
+    opened = [frame for frame in server.frames() if frame.kind == "WINDOW_UPDATE"]
+    assert sum(isinstance(each, Request) for each in server.events) == 100
+    assert len(opened) == 3
+
+
+@pytest.mark.parametrize("size", [0, 126, 127, 128, 20_000])
+def test_an_answer_with_one_field_is_spelt_right_however_long(size: int) -> None:
+    server = Server().greeted()
+    server.receive(request(1, BODY))
+    server.answer(Answer(1, 200, ((b"apns-id", b"a" * size),)))
+    assert server.heard()[1] == Heard([(b":status", b"200"), (b"apns-id", b"a" * size)], b"", ended=True)
+
+
+def test_the_reserved_bit_makes_no_stream_beyond_the_last_one() -> None:
+    server = Server().greeted()
+    last = 2**31 - 1
+    server.receive(request(last, BODY))
+    *_, failed = server.receive(request(last + 2, BODY))  # as stream 1, which was passed over
+    assert isinstance(failed, Failed)
+    assert failed.code == CODES.index("PROTOCOL_ERROR")

@@ -14,6 +14,7 @@ payload, device token. Apple publishes none.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import ssl
 from binascii import unhexlify
@@ -38,6 +39,7 @@ from heliograph.model import ACCEPTED, Answered, App, Batch, Environment, Header
 from heliograph.net.http2 import Link, Listener, listen
 from heliograph.net.tls import legacy_context
 from heliograph.payload import MAX_VOIP_BYTES
+from heliograph.ports import Store
 from heliograph.protocols import apns
 from heliograph.protocols.http2 import Answer, Event, Field, Limits, Request, ServerConnection
 from heliograph.reasons import FollowUp
@@ -105,6 +107,7 @@ class AppleProxy:
         settings: AppleProxySettings,
         *,
         relay: Relay,
+        store: Store,
         apps: Mapping[str, App],
         keyring: Keyring,
         callers: Callers,
@@ -124,6 +127,7 @@ class AppleProxy:
         self.clock = clock
         self._settings = settings
         self._relay = relay
+        self._store = store
         self._callers = callers
         self._identity = identity
         self._telemetry = telemetry
@@ -167,7 +171,6 @@ class AppleProxy:
                 "set host and port to what is free here"
             ) from None
         self.port = self._listener.port
-        _log.info("proxy_started", listener=self.name, host=settings.host, port=self.port)
 
     async def aclose(self) -> None:
         """Listen no more, say GOAWAY, let open requests be answered for a while, close."""
@@ -194,7 +197,7 @@ class AppleProxy:
         found = self._ways.get((app, environment))
         if found is None:
             if app in self._settings.durable:
-                found = _Desk(self, self._relay, app, environment)
+                found = _Desk(self, self._relay, self._store, app, environment)
             else:
                 found = self._relay.courier(app, environment, self._tell)
             self._ways[app, environment] = found
@@ -361,9 +364,10 @@ class _Visit:
 class _Desk:
     """Takes an app's notifications for the queue: what one turn of the loop brings in one transaction."""
 
-    def __init__(self, proxy: AppleProxy, relay: Relay, app: str, environment: Environment) -> None:
+    def __init__(self, proxy: AppleProxy, relay: Relay, store: Store, app: str, environment: Environment) -> None:
         self._proxy = proxy
         self._relay = relay
+        self._removals = store
         self._app = app
         self._environment = environment
         self._loop = asyncio.get_running_loop()
@@ -423,9 +427,17 @@ class _Desk:
                 word = reasons.find(refused.reason)
                 if those:
                     theirs = _ids([own[index] for index in those])
-                    self._proxy.answer([tickets[index] for index in those], theirs, word.status, word.word)
+                    since = await self._since(tokens[those[0]]) if word is reasons.UNREGISTERED else None
+                    self._proxy.answer([tickets[index] for index in those], theirs, word.status, word.word, since)
         finally:
             self._proxy.storing -= len(rows)
+
+    async def _since(self, token: bytes) -> int:
+        """Since when a device token is dead, in UNIX milliseconds, as Apple tells with each 410."""
+        with contextlib.suppress(StoreError):
+            for found in await self._removals.find_removals(self._app, self._environment, 0, 1, token):
+                return found.removal.since * 1000
+        return int(self._proxy.clock() * 1000)
 
     def _put_off(self, rows: Sequence[tuple[Headers, bytes, bytes, str | None, Ticket]], seconds: int) -> None:
         reason = reasons.SERVICE_UNAVAILABLE

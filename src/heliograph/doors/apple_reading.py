@@ -184,6 +184,9 @@ class Reader:
             raise _no(reasons.MISSING_PROVIDER_TOKEN, text)
         caller = self._keyring.find(shown)
         if caller is None:
+            if shown.count(b".") != 2:
+                text = "What was shown is neither an API key that is known here nor a provider token."
+                raise _no(reasons.INVALID_PROVIDER_TOKEN, text)
             known = self._callers.by_provider_token(shown, now)
             return _ByToken((known.app,), known.environment, known.topic, self._callers, shown, known)
         if Scope.SEND not in caller.scopes:

@@ -218,6 +218,9 @@ class Sends:
         self._ended: list[Sheet] = []
         self._ends = 0
         """Notifications in these."""
+        self._removals: set[Removal] = set()
+        self._quarantines: set[Quarantine] = set()
+        """What was learnt of device tokens and is not on record. It does not wait for what else is in a sheet."""
         self._keeping: asyncio.Task[None] | None = None
         self._forgotten = Summary(_tell_forgotten, self._loop.call_later)
 
@@ -234,13 +237,28 @@ class Sends:
             return
         self._ended.append(sheet)
         self._ends += len(sheet.tokens)
+        self._keep_soon()
+
+    def learn(self, sheet: Sheet) -> None:
+        """What the last answers said of device tokens."""
+        self._removals |= sheet.removals
+        self._quarantines |= sheet.quarantines
+        sheet.removals.clear()
+        sheet.quarantines.clear()
+        self._keep_soon()
+
+    def _keep_soon(self) -> None:
         if self._keeping is None:
             self._keeping = self._loop.create_task(self._keep())
 
+    @property
+    def _unwritten(self) -> bool:
+        return bool(self._ended or self._removals or self._quarantines)
+
     async def _keep(self) -> None:
-        """Write down what ended, until there is no more of it."""
+        """Write down what there is, until there is no more of it."""
         pause_s = _KEEP_S
-        while self._ended:
+        while self._unwritten:
             await asyncio.sleep(pause_s)
             try:
                 await self.keep_all()
@@ -251,16 +269,18 @@ class Sends:
 
     async def keep_all(self) -> None:
         """Write down what ended so far. Raises StoreError; it stays to be done then, unless it is too much."""
-        while self._ended:
+        while self._unwritten:
             ended, self._ended, self._ends = self._ended, [], 0
+            removals, self._removals = self._removals, set()
+            quarantines, self._quarantines = self._quarantines, set()
             finished: list[tuple[Batch, Outcomes]] = [(each.whole(_NOTHING), each.outcomes()) for each in ended]
-            removals = {removal for each in ended for removal in each.removals}
-            quarantines: set[Quarantine] = {one for each in ended for one in each.quarantines}
             try:
                 await self.tools.store.keep(finished, tuple(removals), tuple(quarantines))
             except BaseException as error:  # it may be on record all the same: to keep it twice changes nothing
                 self._ended = [*ended, *self._ended]
                 self._ends = sum(len(each.tokens) for each in self._ended)
+                self._removals |= removals
+                self._quarantines |= quarantines
                 if isinstance(error, StoreError):
                     _log.error("cannot_keep", why=str(error), batches=len(ended))
                     self._forget_oldest()
@@ -278,6 +298,9 @@ class Sends:
             self._ends -= len(sheet.tokens)
             del self.unkept[sheet.batch.id]
             self._forgotten.add(len(sheet.tokens))
+        for learnt in (self._removals, self._quarantines):  # Apple will tell it again
+            while len(learnt) > _MOST_UNKEPT:
+                learnt.pop()
 
     async def drain(self) -> None:
         """Write down all that is left, once everything was answered. Raises StoreError."""
@@ -396,6 +419,8 @@ class Courier:
                 tickets = [all_tickets[index] for index in done]
             ids = sheet.ids(done)
             sheet.end_with(done, outcome, sends.tools.now())
+            if sheet.removals or sheet.quarantines:
+                sends.learn(sheet)
             sends.in_hand -= len(done)
             self._in_hand -= len(done)
             if sheet.closed and not sheet.open:

@@ -296,17 +296,21 @@ class Connection(ABC, Generic[Stream]):
         self._need_stream(stream_id)
         charged = len(payload)
         data = self._unpad(flags, payload)
-        self._recv_window -= charged
-        if self._recv_window < 0:
-            raise ConnectionFault(ErrorCode.FLOW_CONTROL_ERROR, "more DATA than the connection's window allows")
-        if self._recv_window < self._RECV_WINDOW // 2:
-            self._out.append(f.window_update(0, self._RECV_WINDOW - self._recv_window))
-            self._recv_window = self._RECV_WINDOW
+        self._charge(charged)
         if not data and not flags & f.END_STREAM:
             self._spend_control(now)
         if self._is_idle(stream_id):
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "DATA on an idle stream")
         self._on_data(stream_id, flags, data, charged, events)
+
+    def _charge(self, octets: int) -> None:
+        """Take these octets of DATA off the connection's window."""
+        self._recv_window -= octets
+        if self._recv_window < 0:
+            raise ConnectionFault(ErrorCode.FLOW_CONTROL_ERROR, "more DATA than the connection's window allows")
+        if self._recv_window < self._RECV_WINDOW // 2:
+            self._out.append(f.window_update(0, self._RECV_WINDOW - self._recv_window))
+            self._recv_window = self._RECV_WINDOW
 
     def _headers_frame(self, flags: int, stream_id: int, payload: bytes, now: float, events: list[Event]) -> None:
         self._need_stream(stream_id)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import filterfalse
 
 from heliograph.protocols.http2.hpack import Field
 
@@ -33,9 +34,7 @@ _sound: set[Field] = set()
 
 
 def _check_values(fields: Sequence[Field]) -> None:
-    for field in fields:
-        if field in _sound:
-            continue
+    for field in filterfalse(_sound.__contains__, fields):
         name, value = field
         if len(value.translate(None, _BAD_OCTETS)) != len(value) or value.strip(b" \t") != value:
             raise Malformed("a field value has CR, LF or NUL in it, or white space around it")
@@ -64,6 +63,15 @@ def _check_names(names: tuple[bytes, ...], pseudo_allowed: frozenset[bytes]) -> 
     return b"host" in names or b"content-length" in names
 
 
+@lru_cache(maxsize=256)
+def _check_request_names(names: tuple[bytes, ...]) -> bool:
+    """As `_check_names`."""
+    second = _check_names(names, _REQUEST_PSEUDO)
+    if not _NEEDED.issubset(names):
+        raise Malformed(":method, :scheme or :path is missing")
+    return second
+
+
 def _second_look(fields: Sequence[Field]) -> int | None:
     """Fields whose values must agree with each other; returns the declared length of the body, or None."""
     length: int | None = None
@@ -86,10 +94,7 @@ def check_request(fields: Sequence[Field]) -> int | None:
 
     CONNECT has no use here and is refused, as it lacks :scheme and :path.
     """
-    names = tuple([name for name, _ in fields])
-    second = _check_names(names, _REQUEST_PSEUDO)
-    if not _NEEDED.issubset(names):
-        raise Malformed(":method, :scheme or :path is missing")
+    second = _check_request_names(tuple([name for name, _ in fields]))
     _check_values(fields)
     return _second_look(fields) if second else None
 

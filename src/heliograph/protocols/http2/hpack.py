@@ -5,6 +5,7 @@ The static table and the Huffman code are those of the `hpack` package, which th
 
 from __future__ import annotations
 
+import zlib
 from collections import deque
 from collections.abc import Iterable
 from functools import cache
@@ -121,7 +122,67 @@ def huffman(text: bytes) -> bytes:
     return (bits << padding | (1 << padding) - 1).to_bytes((length + padding) // 8, "big")
 
 
+_MIRROR = bytes(int(f"{octet:08b}"[::-1], 2) for octet in range(256))
+"""Octets with their bits turned round: DEFLATE fills them from the other end."""
+_END_OF_BLOCK = b"\xff\x7f"
+"""Fifteen ones, as DEFLATE has them, and a zero."""
+_LONG = 16
+"""Strings of so many octets are worth the call."""
+
+
+def _inflater() -> zlib._Decompress:
+    """A decompressor that stands behind the head of a block of DEFLATE (RFC 1951) whose code is HPACK's.
+
+    Both codes are canonical, so that their lengths say all. DEFLATE's have 15 bits at most: of HPACK's, those up to
+    there leave one code of fifteen ones free, which ends the block.
+    """
+    lengths = [size if size <= 15 else 0 for size in REQUEST_CODES_LENGTH[:256]] + [15]
+    # The code of the lengths themselves: five of three bits, so that the head ends with an octet, the rest of four.
+    sizes = {size: 3 if size in _THREE_BITS else 4 for size in sorted(set(lengths))}
+    codes: dict[int, str] = {}
+    code = 0
+    for bits in (3, 4):
+        for size in [size for size in sizes if sizes[size] == bits]:
+            codes[size] = f"{code:0{bits}b}"
+            code += 1
+        code <<= 1
+    # The last block, with codes of its own: 257 lengths for octets and end, one (none) for distances, 19 for lengths.
+    head = "1" + "01" + "00000" + "00000" + "1111"
+    head += "".join(f"{sizes.get(size, 0):03b}"[::-1] for size in _ORDER_OF_LENGTHS)
+    head += "".join(codes[size] for size in [*lengths, 0])
+    inflater = zlib.decompressobj(-15)
+    inflater.decompress(bytes(int(head[at : at + 8][::-1], 2) for at in range(0, len(head), 8)))
+    return inflater
+
+
+_THREE_BITS = (0, 5, 6, 7, 15)
+_ORDER_OF_LENGTHS = (16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2, 14, 1, 15)
+"""RFC 1951, section 3.2.7."""
+_INFLATER = _inflater()
+
+
+def _inflate(octets: bytes) -> tuple[bytes, int | None]:
+    """What zlib makes of a Huffman string, and how many octets it left over; None where the block did not end."""
+    inflater = _INFLATER.copy()
+    text = inflater.decompress(octets.translate(_MIRROR) + _END_OF_BLOCK)
+    return text, len(inflater.unused_data) if inflater.eof else None
+
+
 def _unhuffman(octets: bytes) -> bytes:
+    """Long strings by way of zlib: only what is certainly right is taken from there, the rest is read octet by octet.
+
+    Right is what ends a block: whole symbols, then ones that were padding up to the last octet's end, and no more.
+    """
+    if len(octets) >= _LONG:
+        text, left = _inflate(octets)
+        # An octet is left over where seven ones or more were padding. Eight are too many, and then that octet was
+        # not needed.
+        if left == 0 or (left == 1 and _inflate(octets[:-1])[1] != 0):
+            return text
+    return _unhuffman_by_octets(octets)
+
+
+def _unhuffman_by_octets(octets: bytes) -> bytes:
     state = _state(1)
     parts: list[bytes] = []
     for octet in octets:
@@ -140,6 +201,10 @@ def _unhuffman(octets: bytes) -> bytes:
 
 _REMEMBERED_BLOCKS = 64
 _REMEMBERED_BLOCK_OCTETS = 512
+_MISSES = 256
+"""After so many blocks that were not known, none is looked for until the table changes."""
+_LONGEST_IN_GAP = 0x7F * 2
+"""No Huffman code is shorter than five bits."""
 _REMEMBERED_STRINGS = 64
 _REMEMBERED_STRING_OCTETS = range(65, 513)
 """Provider tokens, which some clients never index, but not paths with a device token, which do not come again."""
@@ -166,8 +231,15 @@ class Decoder:
         self._used = 0
         self._largest = max(len(name) + len(value) for name, value in _STATIC)
         """No entry that ever was in the table had more octets."""
-        self._blocks: dict[bytes, list[Field]] = {}
-        """Blocks decoded since the table last changed, none of which changed it."""
+        self._shapes: dict[tuple[bytes, bytes], tuple[int, list[Field]]] = {}
+        """What comes before and after the gap of blocks that were decoded since the table last changed, none of which
+        changed it: the place of the field whose value is in the gap, and all fields."""
+        self._gap: tuple[int, int] | None = None
+        """Where the value of the last block's first literal begins that left the table alone, and its field's place."""
+        self._misses = 0
+        """How many blocks since one that was known."""
+        self._gap_at = 0
+        """The first of it, in the block that was remembered last."""
         self._strings: dict[bytes, bytes] = {}
 
     def decode(self, block: bytes) -> list[Field]:
@@ -175,27 +247,49 @@ class Decoder:
 
         Raises HeaderListTooLarge after the block has had its effect on the table; any other HpackError at once.
         """
-        remembered = self._blocks.get(block)
-        if remembered is not None:
-            return remembered.copy()
-        changed = self.changed
+        gap_at = self._gap_at
+        if self._misses < _MISSES and gap_at < len(block):
+            first = block[gap_at]
+            stop = gap_at + 1 + (first & 0x7F)
+            shape = self._shapes.get((block[:gap_at], block[stop:]))
+            if shape is not None and first & 0x7F != 0x7F and stop <= len(block):
+                place, known = shape
+                value = block[gap_at + 1 : stop]
+                self._misses = 0
+                fields = known.copy()
+                fields[place] = known[place][0], value if first < 0x80 else _unhuffman(value)
+                return fields
+        before = self.changed
+        self._gap = None
         try:
             fields = self._read(block)
         except IndexError:
             raise HpackError("the block ends inside a field") from None
-        if self.changed != changed:
-            self._blocks.clear()
+        changed = self.changed != before
+        if changed:
+            self._shapes.clear()
+            self._misses = 0
         # Most lists are far from the limit, and seen to be so without adding up. Collecting them first takes at most
         # some forty octets of memory for each of the block's: what an index stands for is not copied.
-        if len(block) * 2 + len(fields) * (_ENTRY_OVERHEAD + self._largest) > self._max_list_size:
+        most = len(block) * 2 + len(fields) * (_ENTRY_OVERHEAD + self._largest)
+        if most > self._max_list_size:
             size = sum([len(name) + len(value) + _ENTRY_OVERHEAD for name, value in fields])
             if size > self._max_list_size:
                 raise HeaderListTooLarge(f"a list of fields of {size} octets, over our {self._max_list_size}")
-        if self.changed == changed and len(block) < _REMEMBERED_BLOCK_OCTETS:
-            if len(self._blocks) >= _REMEMBERED_BLOCKS:
-                self._blocks.clear()
-            self._blocks[block] = fields.copy()
+        if not changed and self._gap is not None and most + _LONGEST_IN_GAP <= self._max_list_size:
+            self._remember(block, fields, *self._gap)
         return fields
+
+    def _remember(self, block: bytes, fields: list[Field], gap_at: int, place: int) -> None:
+        self._misses += 1
+        if self._misses > _MISSES:
+            return
+        stop = gap_at + 1 + (block[gap_at] & 0x7F)
+        if block[gap_at] & 0x7F != 0x7F and len(block) < _REMEMBERED_BLOCK_OCTETS:
+            if len(self._shapes) >= _REMEMBERED_BLOCKS:
+                self._shapes.clear()
+            self._shapes[block[:gap_at], block[stop:]] = place, fields.copy()
+            self._gap_at = gap_at
 
     def _read(self, block: bytes) -> list[Field]:
         """IndexError: the block ends inside a field."""
@@ -234,6 +328,8 @@ class Decoder:
                     raise HpackError(f"index {index} is in neither table") from None
             else:
                 name, at = self._read_string(block, at)
+            if octet < 0x20 and self._gap is None:
+                self._gap = at, len(fields)
             length = block[at]
             if length < 0x7F:
                 at += 1
@@ -333,6 +429,11 @@ class Encoder:
         self._limit = limit
         self._evict()
         self.generation += 1
+
+    @property
+    def settled(self) -> bool:
+        """Whether `start` has nothing to say."""
+        return self._lowest is None
 
     def start(self) -> bytes:
         """What a block begins with: changes of the table's size (section 4.2), mostly nothing."""

@@ -13,14 +13,15 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from heliograph.protocols.http2 import frames as f
-from heliograph.protocols.http2.core import Connection, ConnectionFault, Limits, Outgoing, StreamFault
+from heliograph.protocols.http2.core import NO_LIMIT, Connection, ConnectionFault, Limits, Outgoing, StreamFault
 from heliograph.protocols.http2.events import Cancelled, Event, Failed, GoAway, Request
 from heliograph.protocols.http2.fields import Malformed, check_request, check_trailers
 from heliograph.protocols.http2.frames import ErrorCode
-from heliograph.protocols.http2.hpack import Field, encode_static, int_octets
+from heliograph.protocols.http2.hpack import Field, HpackError, encode_static, int_octets
 
 SERVER_LIMITS = Limits()
 _REMEMBERED_GAPS = 100
+_WHOLE = f.END_STREAM | f.END_HEADERS
 _LARGE_BLOCK = 4096
 """Header blocks from this size on are added up; smaller ones are bounded by the number of streams."""
 
@@ -46,13 +47,20 @@ def _name_octets(name: bytes) -> bytes:
     return encode_static([(name, b"?")])[:-2]
 
 
+@lru_cache(maxsize=256)
+def _head(status: int, name: bytes, value_length: int) -> bytes:
+    """A block with one field beside the status, up to that one's value."""
+    return _status_octets(status) + _name_octets(name) + int_octets(value_length, 7, 0)
+
+
 class _Stream(Outgoing):
     """A stream that is open in one direction at least."""
 
     __slots__ = ("began", "body", "expected", "fields", "received", "reported", "whole")
 
     def __init__(self, fields: list[Field], window: int, now: float) -> None:
-        super().__init__(None, window)
+        self.unsent = None
+        self.window = window
         self.fields = fields
         self.began = now
         self.body = b""
@@ -77,6 +85,8 @@ class ServerConnection(Connection[_Stream]):
             max_body=max_body,
         )
         self._greeted = False
+        self._most_at_once = min(max_body, f.DEFAULT_FRAME_SIZE)
+        """Octets of a body that go the short way."""
         self._large: dict[int, int] = {}
         """Octets of large header blocks, by stream; may hold streams that have ended."""
         self._highest = 0
@@ -98,13 +108,21 @@ class ServerConnection(Connection[_Stream]):
 
     def respond(self, answers: Iterable[Answer]) -> None:
         """Answer requests. An answer to a stream that is gone (the client cancelled it) goes nowhere."""
-        out, streams = self._out, self._streams
+        out, streams, encoder, pack = self._out, self._streams, self._encoder, f.HEADER.pack
         for stream_id, status, fields, body in answers:
             stream = streams.get(stream_id)
             if stream is None or stream.unsent is not None:
                 continue
+            if len(fields) == 1 and not body and len(fields[0][1]) < 127 and stream.whole and encoder.settled:
+                name, value = fields[0]
+                head = _head(status, name, len(value))
+                out.append(pack(0, len(head) + len(value), f.HEADERS, _WHOLE, stream_id) + head + value)
+                self._work += 1
+                self._heard = self._now
+                del streams[stream_id]
+                continue
             # We put nothing into the client's table; a smaller one must be acknowledged all the same (RFC 7541, 4.2).
-            block = self._encoder.start() + _status_octets(status)
+            block = encoder.start() + _status_octets(status)
             for name, value in fields:
                 size = len(value)
                 block += _name_octets(name) + (bytes((size,)) if size < 127 else int_octets(size, 7, 0)) + value
@@ -161,14 +179,81 @@ class ServerConnection(Connection[_Stream]):
 
     def _frames(self, buffer: bytes, now: float, events: list[Event]) -> int:
         if self._greeted:
-            return super()._frames(buffer, now, events)
+            return self._read(buffer, 0, now, events)
         size = len(f.PREFACE)
         if buffer[:size] != f.PREFACE[: len(buffer)]:
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "not HTTP/2: the connection preface is wrong")
         if len(buffer) < size:
             return 0
         self._greeted = True
-        return size + super()._frames(buffer[size:], now, events)
+        return self._read(buffer, size, now, events)
+
+    def _read(self, buffer: bytes, start: int, now: float, events: list[Event]) -> int:
+        """As the base's `_frames`, with a short way for requests of one HEADERS and one DATA."""
+        unpack_header = f.HEADER.unpack_from
+        streams, size = self._streams, len(buffer)
+        while size - start >= f.HEADER_OCTETS and not self._over:
+            high, low, kind, flags, stream_id = unpack_header(buffer, start)
+            length = high << 16 | low
+            if length > f.DEFAULT_FRAME_SIZE:
+                raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, f"a frame of {length} octets")
+            payload = start + f.HEADER_OCTETS
+            end = payload + length
+            if end > size:
+                break
+            if self._block is not None:
+                pass
+            elif kind == f.DATA and flags == f.END_STREAM:
+                stream = streams.get(stream_id)
+                if stream is not None and not (stream.received or stream.reported) and length <= self._most_at_once:
+                    self._whole_body(stream_id, stream, buffer[payload:end], now, events)
+                    start = end
+                    continue
+            elif (
+                kind == f.HEADERS
+                and flags == f.END_HEADERS
+                and self._highest + 2 == stream_id <= f.MAX_STREAM_ID  # so it is none of the first frames
+                and length < _LARGE_BLOCK
+                and len(streams) < self._limit
+                and self._last_served is None
+            ):
+                self._begin(stream_id, buffer[payload:end], now, events)
+                start = end
+                continue
+            self._frame(kind, flags, stream_id & NO_LIMIT, buffer[payload:end], now, events)
+            start = end
+        return start
+
+    def _begin(self, stream_id: int, block: bytes, now: float, events: list[Event]) -> None:
+        """What `_headers_frame` does with a new stream that nothing speaks against."""
+        self._block_octets = len(block)
+        try:
+            fields = self._decode(block)
+        except HpackError as error:
+            raise ConnectionFault(ErrorCode.COMPRESSION_ERROR, str(error)) from None
+        self._highest = stream_id
+        try:
+            if fields is None:
+                raise StreamFault(ErrorCode.ENHANCE_YOUR_CALM, "more header fields than we take")
+            expected = check_request(fields)
+        except Malformed as error:
+            self._stream_fault(stream_id, StreamFault(ErrorCode.PROTOCOL_ERROR, str(error)), now, events)
+        except StreamFault as fault:
+            self._stream_fault(stream_id, fault, now, events)
+        else:
+            stream = self._streams[stream_id] = _Stream(fields, self._peer_window, now)
+            stream.expected = expected
+
+    def _whole_body(self, stream_id: int, stream: _Stream, body: bytes, now: float, events: list[Event]) -> None:
+        """What `_data_frame` does with a body that is in one frame."""
+        self._charge(len(body))
+        if stream.expected is not None and stream.expected != len(body):
+            fault = StreamFault(ErrorCode.PROTOCOL_ERROR, "not as much DATA as content-length says")
+            self._stream_fault(stream_id, fault, now, events)
+            return
+        stream.received = len(body)
+        stream.reported = stream.whole = True
+        events.append(Request(stream_id, stream.fields, body))
 
     def _is_idle(self, stream_id: int) -> bool:
         return not stream_id & 1 or stream_id > self._highest
