@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -165,6 +166,9 @@ async def test_an_app_with_several_topics_needs_one_for_a_certificate_without(se
 # -- what is refused -------------------------------------------------------------------------------------------------
 
 CERTIFICATE = old().certificate_pem.decode()
+COMMON_NAME, NOT_TO_OPENSSL = bytes.fromhex("06035504030c"), bytes.fromhex("060355040304")
+"""The name of a subject as text, and as octets, at which OpenSSL gives up."""
+UNREADABLE = ssl.DER_cert_to_PEM_cert(old().certificate_der.replace(COMMON_NAME, NOT_TO_OPENSSL))
 
 
 @pytest.mark.parametrize(
@@ -180,6 +184,7 @@ CERTIFICATE = old().certificate_pem.decode()
         ({"certificate": CERTIFICATE[:300]}, "BadCaller", "has no end"),
         ({"certificate": CERTIFICATE[:300] + CERTIFICATE[-40:]}, "BadCaller", "damaged"),
         ({"certificate": CERTIFICATE + old().certificate_pem.decode()}, "BadCaller", "There are 2 certificates"),
+        ({"certificate": UNREADABLE}, "BadCaller", "OpenSSL cannot read it"),
         ({"certificate": old().pem.decode()}, "BadCaller", "has a private key in it, which nobody but its owner"),
         ({"certificate": key_pem(PAIR).decode()}, "BadCaller", "has a private key in it"),
         ({"certificate": PUBLIC}, "BadCaller", "There is no certificate in the file"),

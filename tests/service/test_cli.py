@@ -897,6 +897,72 @@ def test_doctor_tells_what_is_wrong_on_this_machine(tmp_path: Path) -> None:
     assert "there is no file" in found["app lost"][0][1]
 
 
+def listener(**settings: str | int) -> str:
+    lines = {"port": 0, "feedback_port": 0, **settings}
+    return "".join(f"{name} = {json.dumps(value)}\n" for name, value in lines.items())
+
+
+def test_doctor_looks_at_the_listeners_of_a_server_that_runs(tmp_path: Path) -> None:
+    tables = f"[legacy.main]\n{listener()}[apple_proxy.main]\nport = 0\n"
+    (tmp_path / "heliograph.toml").write_text(f"[api]\nport = 0\n{tables}")
+    _, found = examine(tmp_path, "--offline")
+    assert found["legacy.main"] == [("ok", "its certificate is made on the first start")]
+    assert not (tmp_path / "data" / "doors.pem").exists()
+    with start(tmp_path, "serve") as serve:
+        url_of(serve)
+        _, found = examine(tmp_path, "--offline")
+    for name in ("legacy.main", "apple_proxy.main"):
+        ((level, text),) = found[name]
+        assert level == "ok"
+        assert re.fullmatch(r"its certificate, made by heliograph, .*doors-ca\.pem: 79[0-9] days left", text)
+    (tmp_path / "data" / "doors-ca-key.pem").chmod(0o644)
+    assert examine(tmp_path, "--offline")[1]["doors-ca-key.pem"][0][1].startswith("every user of this machine can read")
+
+
+def test_doctor_tells_what_is_wrong_and_what_is_dangerous_of_listeners(tmp_path: Path) -> None:
+    ended = push_certificate("com.example.shop", now=datetime.now(UTC) - timedelta(days=400))
+    soon = push_certificate("com.example.till", days=10)
+    ended_file = private(tmp_path / "ended.pem", ended.pem)
+    soon_file = private(tmp_path / "soon.pem", soon.pem)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        (tmp_path / "heliograph.toml").write_text(
+            f"[api]\nport = 0\n"
+            f"[legacy.ended]\n{listener(port=port, certificate=str(ended_file))}"
+            f"[legacy.open]\n{listener(host='0.0.0.0', app='shop', minimum_tls='1.0')}"
+            f"[legacy.own]\n{listener(app='shop', minimum_tls='1.3')}"
+            f"[legacy.unclear]\n{listener(app='twofold')}"
+            f"[apple_proxy.soon]\nport = 0\ncertificate = {json.dumps(str(soon_file))}\n"
+            f"[apple_proxy.lost]\nport = 0\ncertificate = 'lost.pem'\n"
+            f"[apple_proxy.bare]\nport = 0\ntls = false\n"
+            "[apps.twofold]\nkey = 'AuthKey_ABC123DEFG.p8'\nteam_id = 'DEF123GHIJ'\n"
+            "topic = 'com.example.twofold'\nenvironment = 'both'\n"
+        )
+        code, found = examine(tmp_path, "--offline")
+    assert code == 1
+    advice = "stop what is there, or set another host or port"
+    assert found["legacy.ended.port"] == [
+        ("problem", f"127.0.0.1:{port} cannot be listened on (Address already in use): {advice}")
+    ]
+    ((level, text),) = found["legacy.ended"]
+    assert (level, bool(re.search("it ended [0-9]+ days ago, put a new one there", text))) == ("problem", True)
+    (_, (level, text), (other, minimum)) = found["legacy.open"]
+    assert (level, other) == ("warning", "warning")
+    assert text.startswith("whoever reaches 0.0.0.0 may send for shop without a certificate")
+    assert minimum.startswith('minimum_tls = "1.0": whoever is on the way can read along')
+    assert [level for level, _ in found["legacy.own"]] == ["ok"]
+    assert found["legacy.unclear"][1] == (
+        "problem",
+        "the app twofold has both environments, so its clients are refused: set environment",
+    )
+    assert found["apple_proxy.soon"] == [
+        ("warning", "its certificate: 9 days left, put a new one there, and restart the server")
+    ]
+    assert found["apple_proxy.lost"][0][0] == "problem"
+    assert "there is no file" in found["apple_proxy.lost"][0][1]
+    assert found["apple_proxy.bare"] == [("ok", "without TLS, for programs on this machine")]
+
+
 def refuse(proxy: socket.socket) -> None:
     proxy.settimeout(PATIENCE_S)
     accepted, _ = proxy.accept()

@@ -21,12 +21,18 @@ import structlog
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
 
 from heliograph.callers import Callers, certificate_id
 from heliograph.config import LegacySettings
-from heliograph.doors import legacy_connection
+from heliograph.doors import legacy, legacy_connection
 from heliograph.doors.legacy import Gateway
+from heliograph.doors.receipts import meaning
 from heliograph.errors import ConfigError, Overloaded, StoreError
 from heliograph.model import Access, App, Environment, Filter, KnownCaller, PushType, Receipt, State
 from heliograph.net.tls import throwaway_identity
@@ -35,6 +41,7 @@ from heliograph.protocols.binary import (
     ErrorResponse,
     Status,
     enhanced_frame,
+    error_packet,
     item_frame,
     items,
     simple_frame,
@@ -54,22 +61,29 @@ BACKGROUND = b'{"aps":{"content-available":1},"what":"news"}'
 
 
 @lru_cache
-def client_certificate(name: str = "script") -> tuple[bytes, bytes]:
-    """Certificate and key as PEM, long expired."""
+def client_certificate(name: str = "script", issuer: str | None = None) -> tuple[bytes, bytes]:
+    """Certificate and key as PEM, long expired; of `issuer`, with its certificate behind, or of its own."""
     key = ec.generate_private_key(ec.SECP256R1())
+    chain, signing = b"", key
+    if issuer is not None:
+        chain, signing_pem = client_certificate(issuer)
+        loaded = load_pem_private_key(signing_pem, None)
+        assert isinstance(loaded, ec.EllipticCurvePrivateKey)
+        signing = loaded
     subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, f"Apple Push Services: {name}")])
     made = (
         x509.CertificateBuilder()
         .subject_name(subject)
-        .issuer_name(subject)
+        .issuer_name(x509.load_pem_x509_certificate(chain).subject if chain else subject)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
         .not_valid_before(datetime.datetime(2012, 1, 1, tzinfo=datetime.UTC))
         .not_valid_after(datetime.datetime(2013, 1, 1, tzinfo=datetime.UTC))
-        .sign(key, hashes.SHA256())
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(signing, hashes.SHA256())
     )
     pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    return made.public_bytes(Encoding.PEM), pem
+    return made.public_bytes(Encoding.PEM) + chain, pem
 
 
 def known_caller(name: str = "script", **more: Any) -> KnownCaller:
@@ -125,11 +139,12 @@ class Door:
         self._folder = folder
 
     async def connect(self, name: str | None = "script", server_name: str = "gateway.push.apple.com") -> Script:
+        """`name`: of its certificate; with ` of ` and another name: which that one has issued."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         if name is not None:
             path = self._folder / f"{name}.pem"
-            path.write_bytes(b"".join(client_certificate(name)))
+            path.write_bytes(b"".join(client_certificate(*name.split(" of "))))
             context.load_cert_chain(path)
 
         def connect() -> ssl.SSLSocket:
@@ -138,20 +153,28 @@ class Door:
 
         return Script(await asyncio.to_thread(connect))
 
+    async def kept(self) -> list[Receipt]:
+        """All notifications that there are, oldest first."""
+        found: list[Receipt] = []
+        before = None
+        while True:
+            page = await self.house.relay.notifications(Filter(), before, 1000)
+            found += page.receipts
+            if (before := page.next) is None:
+                return found[::-1]
+
+    async def refused(self) -> list[Receipt]:
+        """Those that were refused as they came."""
+        return [each for each in await self.kept() if each.state is State.REJECTED and each.status is None]
+
     async def taken(self, count: int) -> list[Receipt]:
-        """All notifications that there are, oldest first, as soon as there are so many."""
+        """Those that were not, as soon as there are so many."""
         async with asyncio.timeout(PATIENCE_S):
             while True:
-                found: list[Receipt] = []
-                before = None
-                while True:
-                    page = await self.house.relay.notifications(Filter(), before, 1000)
-                    found += page.receipts
-                    if (before := page.next) is None:
-                        break
+                found = [each for each in await self.kept() if each.state is not State.REJECTED or each.status]
                 assert len(found) <= count
                 if len(found) == count:
-                    return found[::-1]
+                    return found
                 await asyncio.sleep(0.01)
 
     async def ended(self, count: int) -> list[Receipt]:
@@ -376,6 +399,45 @@ async def test_a_bad_frame_is_named_with_its_status(door: Door, bad: bytes, stat
         assert await script.error() == ErrorResponse(status, 3)
     await door.ended(2)
     assert door.received == tokens([1, 2])
+
+
+async def test_a_frame_that_is_refused_as_it_came_has_a_receipt_of_its_own(door: Door) -> None:
+    with await door.connect() as script:
+        await script.send(frame(1), frame(2, payload=b"no JSON", identifier=77), frame(3))
+        assert await script.error() == ErrorResponse(Status.PROCESSING_ERROR, 77)
+    (taken,) = await door.ended(1)
+    (receipt,) = await door.refused()
+    assert (receipt.connection, receipt.identifier, receipt.token) == (taken.connection, 77, token(2))
+    assert (receipt.reason, receipt.attempts, receipt.app) == ("BadRequestPayload", 0, APP)
+    assert receipt.why is not None
+    assert meaning(receipt).endswith(f": {receipt.why}")
+    assert "Apple was not asked" in meaning(receipt)
+
+
+async def test_a_receipt_that_cannot_be_kept_delays_no_error_packet(
+    door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*_: object) -> None:
+        raise StoreError("no disk")
+
+    monkeypatch.setattr(door.house.store, "keep", fail)
+    with structlog.testing.capture_logs() as logs, await door.connect() as script:
+        await script.send(frame(1), frame(2, payload=b"no JSON"), frame(3))
+        assert await script.error() == ErrorResponse(Status.PROCESSING_ERROR, 2)
+    assert [each["event"] for each in logs if each["log_level"] == "error"] == ["cannot_keep"]
+    await door.ended(1)
+
+
+async def test_of_two_bad_frames_that_come_at_once_the_first_is_told_of(door: Door) -> None:
+    refused, unreadable = frame(2, payload=b"no JSON"), enhanced_frame(b"", PAYLOAD, 4, 0)
+    for sent, error in (
+        ((frame(1), refused, frame(3), unreadable), ErrorResponse(Status.PROCESSING_ERROR, 2)),
+        ((frame(1), unreadable, frame(3), refused), ErrorResponse(Status.MISSING_TOKEN, 4)),
+    ):
+        with await door.connect() as script:
+            await script.send(*sent)
+            assert await script.error() == error
+    await door.ended(2)
 
 
 async def test_a_bad_frame_of_command_0_is_told_of_with_identifier_0(door: Door) -> None:
@@ -675,6 +737,82 @@ async def test_a_script_that_has_ended_its_side_reads_apples_no_and_what_it_send
     assert door.received == tokens([1, 3, 4])
 
 
+async def test_a_script_that_has_read_its_error_and_closed_may_take_its_time_to_send_again(door: Door) -> None:
+    door.apple.rejects(token(2), "BadDeviceToken")
+    script = await door.connect()
+    await script.send(frames(range(1, 5)))
+    script.end()
+    assert await asyncio.to_thread(script.socket.recv, 6) == error_packet(Status.INVALID_TOKEN, 2)
+    script.close()  # what the gateway writes from here on is answered with a reset
+    await door.until_closed()
+    await door.ended(4)
+    with await door.connect() as script:
+        await script.send(frames(range(3, 5)))
+        await door.ended(6)
+    assert door.received == tokens([1, 3, 4])
+
+
+async def test_what_apple_refused_after_its_script_had_ended_is_told_of_when_it_comes_again(door: Door) -> None:
+    door.apple.rejects(token(2), "BadDeviceToken")
+    door.apple.misbehaves(Delay(0.3, then=UNKNOWN_TOKEN), token=token(4))
+    with await door.connect() as script:
+        await script.send(frames(range(1, 6)))
+        script.end()
+        assert await script.error() == ErrorResponse(Status.INVALID_TOKEN, 2)
+    await door.ended(5)
+    for left, error in (((3, 4, 5), ErrorResponse(Status.INVALID_TOKEN, 4)), ((5,), None)):
+        with await door.connect() as script:
+            await script.send(frames(left))
+            script.end()
+            assert await script.error() == error
+    assert door.received == tokens([1, 3, 5])
+    assert len(door.gateway._common.sent) == 0
+
+
+@pytest.mark.parametrize("done", [False, True])
+async def test_where_the_store_fails_to_cancel_nothing_is_lost_and_nothing_sent_twice(
+    door: Door, monkeypatch: pytest.MonkeyPatch, done: bool
+) -> None:
+    door.apple.misbehaves(Delay(0.5, then=UNKNOWN_TOKEN), token=token(2))
+    door.apple.rejects(token(3), "TooManyRequests", times=1)  # it is tried again half a minute later
+    cancel = door.house.relay.cancel
+
+    async def fail(ids: Sequence[str]) -> None:
+        if done:
+            await cancel(ids)
+        raise StoreError("no disk")
+
+    monkeypatch.setattr(door.house.relay, "cancel", fail)
+    with await door.connect() as script:
+        await script.send(frames(range(1, 5)))
+        assert await script.error() == ErrorResponse(Status.INVALID_TOKEN, 2)
+    with await door.connect() as script:
+        await script.send(frames(range(3, 5)))
+        again = (await door.taken(6))[4:]
+        state, reason = (State.ACCEPTED, None) if done else (State.CANCELLED, "SentBefore")
+        (receipt,) = [each for each in again if each.token == token(3)]
+        await door.house.receipts([receipt.id], lambda each: (each.state, each.reason) == (state, reason))
+    assert door.received == tokens([1, 3, 4] if done else [1, 4])
+
+
+async def test_what_is_still_on_the_wire_when_its_client_is_told_is_known_again_once_apple_took_it(
+    door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(legacy_connection, "IN_FLIGHT_S", 0.1)
+    door.apple.rejects(token(1), "BadDeviceToken")
+    door.apple.misbehaves(Delay(1.0), token=token(2))
+    door.apple.misbehaves(Delay(1.0, then=Answer(503, "ServiceUnavailable")), token=token(3), times=1)
+    with await door.connect() as script:
+        await script.send(frames(range(1, 4)))
+        assert await script.error() == ErrorResponse(Status.INVALID_TOKEN, 1)
+    receipts = await door.ended(3)
+    assert [each.state for each in receipts] == [State.REJECTED, State.ACCEPTED, State.CANCELLED]
+    with await door.connect() as script:
+        await script.send(frames(range(2, 4)))
+        await door.ended(5)
+    assert door.received == tokens([2, 3])
+
+
 async def test_a_script_that_is_gone_when_apple_refuses_loses_nothing_behind_it(door: Door) -> None:
     door.apple.rejects(token(2), "BadDeviceToken")
     script = await door.connect()
@@ -737,6 +875,15 @@ async def test_frames_of_a_client_with_an_unknown_certificate_are_not_read(door:
         await refused(door, "stranger")
     (line,) = [each for each in logs if each["event"] == "legacy_refused"]
     assert "not registered" in line["why"]
+
+
+async def test_a_certificate_that_a_registered_one_has_issued_lets_nobody_in(house: House, tmp_path: Path) -> None:
+    for settings in ({}, {"app": APP}):
+        async with open_door(house, tmp_path, [known_caller("authority")], **settings) as door:
+            with structlog.testing.capture_logs() as logs:
+                await refused(door, "script of authority")
+            (line,) = [each for each in logs if each["event"] == "legacy_refused"]
+            assert "not registered" in line["why"]
 
 
 async def test_frames_of_a_client_without_a_certificate_are_not_read(door: Door) -> None:
@@ -842,6 +989,72 @@ async def test_a_stop_names_the_last_frame_that_is_safe(house: House, tmp_path: 
     assert door.received == tokens(range(1, 31))
 
 
+class Held:
+    """Keeps calls of a method waiting."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, whose: object, name: str) -> None:
+        call = getattr(whose, name)
+        self.begun, self.go_on = asyncio.Event(), asyncio.Event()
+
+        async def wait(*given: Any, **more: Any) -> Any:
+            self.begun.set()
+            await self.go_on.wait()
+            return await call(*given, **more)
+
+        monkeypatch.setattr(whose, name, wait)
+
+
+async def test_a_stop_waits_for_what_is_being_stored_and_names_that(
+    door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with await door.connect() as script:
+        await script.send(frames(range(1, 31)))
+        await door.taken(30)
+        put = Held(monkeypatch, door.house.store, "put")
+        await script.send(frames(range(31, 41)))
+        await put.begun.wait()
+        (connection,) = door.gateway._common.connections
+        await script.send(frames(range(41, 46)))
+        async with asyncio.timeout(PATIENCE_S):
+            while not connection._gathered:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        stopping = asyncio.create_task(door.gateway.aclose())
+        asyncio.get_running_loop().call_later(0.2, put.go_on.set)
+        assert await script.error() == ErrorResponse(Status.SHUTDOWN, 45)
+        await stopping
+    await door.ended(45)
+    assert door.received == tokens(range(1, 46))
+
+
+async def test_a_stop_does_not_wait_for_ever_and_names_nothing_that_may_be_lost(
+    door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(legacy, "STOP_S", 0.2)
+    with await door.connect() as script:
+        await script.send(frames(range(1, 31)))
+        await door.taken(30)
+        put = Held(monkeypatch, door.house.store, "put")
+        await script.send(frames(range(31, 41)))
+        await put.begun.wait()
+        stopping = asyncio.create_task(door.gateway.aclose())
+        assert await script.error() == ErrorResponse(Status.SHUTDOWN, 30)
+        await stopping
+
+
+async def test_a_stop_names_the_bad_frame_where_what_is_behind_it_is_being_cancelled(
+    door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(legacy, "STOP_S", 0.2)
+    cancel = Held(monkeypatch, door.house.relay, "cancel")
+    door.apple.rejects(token(2), "BadDeviceToken")
+    with await door.connect() as script:
+        await script.send(frames(range(1, 31)))
+        await cancel.begun.wait()
+        stopping = asyncio.create_task(door.gateway.aclose())
+        assert await script.error() == ErrorResponse(Status.INVALID_TOKEN, 2)
+        await stopping
+
+
 @pytest.mark.parametrize("error", [Overloaded("full", retry_after_s=1.0), StoreError("no disk")])
 async def test_a_full_or_failing_store_has_the_rest_sent_again_later(
     door: Door, monkeypatch: pytest.MonkeyPatch, error: Exception
@@ -889,7 +1102,7 @@ async def test_while_the_store_is_slow_clients_are_not_read_from_and_nothing_pil
         go_on.set()
         await asyncio.gather(*sending)
         await door.ended(8000)
-    assert most < 2 * 1024 * 1024
+    assert most < 512 * 1024
     assert door.gateway._common.intake._octets == 0
     assert door.received == tokens(range(1, 8001))
 
@@ -908,6 +1121,50 @@ async def test_a_client_that_does_not_finish_a_frame_is_shed_and_an_idle_one_is_
         await silent.send(frame(5))
         await door.ended(4)
     assert door.received == tokens([1, 3, 4, 5])
+
+
+async def test_connections_that_ended_in_whatever_way_leave_nothing_behind(
+    door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(legacy_connection, "ENDED_S", 0.2)
+    door.apple.rejects(token(3), "BadDeviceToken")
+    door.apple.rejects(token(4), "TooManyRequests")  # it is tried for hours
+
+    async def come(ways: Sequence[str]) -> None:
+        for way in ways:
+            with await door.connect() as script, contextlib.suppress(ConnectionError):
+                await script.send(frames(range(1, 3)), *[frame(3)] * (way == "refused"), frame(4))
+                if way == "bad":
+                    await script.send(enhanced_frame(b"", b"", 5, 0), frame(6))
+                if way == "unfinished":
+                    await script.send(frame(6)[:9])
+                if way == "reset":
+                    script.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+                if way == "ended":
+                    script.end()
+                if way in ("bad", "refused", "ended"):
+                    await script.error()
+
+    with await door.connect() as script:
+        await script.send(frame(4))
+        await door.taken(1)
+        assert door.house.relay._watchers
+        script.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    await door.until_closed()
+    assert not door.house.relay._watchers
+    ways = ["closed", "bad", "refused", "unfinished", "reset", "ended"]
+    await asyncio.gather(*[come(random.Random(seed).sample(ways, len(ways))) for seed in range(5)])
+    await door.until_closed()
+    common = door.gateway._common
+    async with asyncio.timeout(PATIENCE_S):
+        while common.tasks or door.house.relay._waiters:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert not door.house.relay._watchers
+    assert not common.intake._octets
+    assert not common.intake._waiting
+    assert door.gateway._listener is not None
+    assert not door.gateway._listener.streams
+    assert not door.gateway._listener._entering
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -19,7 +19,7 @@ from msgspec.structs import replace
 from heliograph.doors import notifications
 from heliograph.doors.api import Api
 from heliograph.keys import Keyring
-from heliograph.model import Batch, Detail, Environment, Headers, LeaseEnd, Outcomes, PushType, Scope, State
+from heliograph.model import Batch, Detail, Environment, Headers, LeaseEnd, Origin, Outcomes, PushType, Scope, State
 from heliograph.simulator.faults import Delay
 from heliograph.simulator.server import Simulator
 from heliograph.stores import sqlite_listing
@@ -314,6 +314,44 @@ async def test_callers_replay_and_cancel_nothing_of_other_apps(desk: Desk) -> No
     assert await desk.post(CANCEL, waiting, others) == {**nothing, "unknown": waiting}
     assert await desk.listed("state=queued") == [waiting[1], waiting[0]]
     assert await desk.post(CANCEL, waiting, mine) == {**nothing, "cancelled": waiting[:1], "unknown": waiting[1:]}
+
+
+async def test_callers_who_chose_the_same_apns_id_see_and_change_only_their_own(desk: Desk) -> None:
+    store, theirs = desk.house.store, "A9B8C7D6-0123-4567-89AB-CDEF01234567"
+    keys = {app: await desk.key(app) for app in ("example", "späti", "shop")}
+    own = {app: replace(a_batch(app=app), apns_ids={0: theirs}) for app in ("example", "späti")}
+    for batch in own.values():
+        await store.put([batch])
+    for app, batch in own.items():
+        assert (await desk.get(f"{PATH}/{theirs}", keys[app]))["id"] == ids_of(batch)[0]
+    for method in ("GET", "DELETE"):
+        status, code, _ = await desk.complaint(method, f"{PATH}/{theirs}", keys["shop"])
+        assert (status, code) == (404, "UnknownNotification")
+    nothing: dict[str, list[str]] = {"cancelled": [], "cancelling": [], "too_late": [], "unknown": []}
+    assert await desk.post(CANCEL, [theirs], keys["shop"]) == {**nothing, "unknown": [theirs]}
+    assert await desk.post(CANCEL, [theirs], keys["example"]) == {**nothing, "cancelled": [theirs]}
+    assert await desk.listed("state=queued") == ids_of(own["späti"])
+
+
+async def test_what_was_given_up_on_is_replayed_by_the_apns_id_that_its_caller_chose(desk: Desk) -> None:
+    theirs = "a9b8c7d6-0123-4567-89ab-cdef01234567"
+    mine, others = await desk.key("example"), await desk.key("späti")
+    for app in ("example", "späti"):
+        batch = replace(a_batch(app=app), apns_ids={0: theirs})
+        await told(desk.house.store, batch, [State.BURIED], Detail(0, "NotProcessed", why="x"))
+    assert await desk.post("/v1/buried/replay", [theirs, theirs, "x"], mine) == {"replayed": [theirs]}
+    assert await desk.post("/v1/buried/replay", [theirs], mine) == {"replayed": []}
+    assert len(await desk.listed("state=queued", mine)) == 1
+    assert await desk.listed("state=queued", others) == []
+
+
+async def test_connections_of_other_apps_are_not_seen(desk: Desk) -> None:
+    for app in ("example", "späti"):
+        batch = replace(a_batch(2, app=app), origin=Origin("main-9f31c2-17"))
+        await told(desk.house.store, batch, [State.ACCEPTED] * 2)
+    seen = await desk.get(f"{PATH}?connection=main-9f31c2-17", await desk.key("example"))
+    assert [each["app"] for each in seen["notifications"]] == ["example"] * 2
+    assert await desk.listed("connection=main-9f31c2-17", await desk.key("shop")) == []
 
 
 async def test_each_of_it_needs_its_scope(desk: Desk) -> None:

@@ -101,6 +101,15 @@ async def test_each_environment_and_each_app_is_told_by_itself(server: Asking) -
     assert (await read(server, "&environment=development"))[0] == [2]
 
 
+async def test_whether_one_device_token_is_dead_is_told_by_itself(server: Asking) -> None:
+    await remove(server, 1, 2)
+    await remove(server, 1, environment=Environment.DEVELOPMENT)
+    await remove(server, 1, app="shop2")
+    assert (await read(server, f"&token={token(1).upper()}"))[0] == [1, 1]
+    assert (await read(server, f"&token={token(1)}&environment=development"))[0] == [1]
+    assert await read(server, f"&token={token(3)}") == ([], "0")
+
+
 @pytest.mark.parametrize(
     "query, code, words",
     [
@@ -112,7 +121,8 @@ async def test_each_environment_and_each_app_is_told_by_itself(server: Asking) -
         ("?app=shop&after=" + "9" * 19, "BadParameter", "what the former answer gave in next"),
         ("?app=shop&limit=0", "BadParameter", "from 1 to 1000"),
         ("?app=shop&environment=sandbox", "BadParameter", "There is no environment 'sandbox'"),
-        ("?app=shop&cursor=1", "UnknownParameter", "There may be app, environment, after, limit"),
+        ("?app=shop&cursor=1", "UnknownParameter", "There may be app, environment, token, after, limit"),
+        ("?app=shop&token=xyz", "BadDeviceToken", "hex"),
     ],
 )
 async def test_a_query_that_cannot_be_is_refused(server: Asking, query: str, code: str, words: str) -> None:
@@ -154,6 +164,17 @@ async def test_a_registration_of_before_apple_s_word_changes_nothing(server: Ask
     assert await register(server, tokens=[token(1)], at=before.isoformat()) == 0
     assert await sends(server, 1) == "Unregistered"
     assert await register(server, tokens=[token(1)], at=after.isoformat()) == 1
+
+
+async def test_what_apple_says_late_of_the_time_before_a_registration_changes_nothing(
+    server: Asking, apple: Simulator
+) -> None:
+    assert await register(server, tokens=[token(9)]) == 0
+    apple.unregister(token(9), (NOW - 60) * 1000)
+    content = {"app": "shop", "environment": "production", "token": token(9), "title": "x", "wait": 20}
+    assert (await server.ask("POST", "/v1/notifications", content))[1]["reason"] == "Unregistered"
+    assert (await read(server))[0] == []
+    assert await sends(server, 9) == "202"
 
 
 async def test_without_an_environment_each_of_the_app_s_is_meant(server: Asking) -> None:

@@ -11,9 +11,18 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from heliograph.config import TlsVersion
 from heliograph.errors import ConfigError
 from heliograph.model import ClientCertificate
-from heliograph.net.tls import Identity, client_context, good_until, server_context, throwaway_identity
+from heliograph.net.tls import (
+    Identity,
+    check_anchor,
+    client_context,
+    good_until,
+    legacy_context,
+    server_context,
+    throwaway_identity,
+)
 from tests.certificates import TOPIC, authority, key_pem, push_certificate, rsa_key
 
 
@@ -211,6 +220,28 @@ def test_authorities_of_clients_that_are_not_pem_are_refused(identity: Identity)
     for nonsense in (b"", b"nonsense", b"\xff"):
         with pytest.raises(ConfigError, match="authorities of clients are not PEM"):
             server_context(identity.certificate_pem, identity.key_pem, client_authorities=nonsense)
+
+
+def test_anchor_that_openssl_cannot_read_shuts_out_no_other(identity: Identity) -> None:
+    good = [push_certificate(TOPIC, key=rsa_key()) for _ in range(4)]
+    as_text, as_octets = bytes.fromhex("06035504030c"), bytes.fromhex("060355040304")  # of the common name
+    bad = ssl.DER_cert_to_PEM_cert(good[0].certificate_der.replace(as_text, as_octets)).encode()
+    with pytest.raises(ConfigError, match="OpenSSL cannot read it"):
+        check_anchor(bad)
+    check_anchor(good[1].certificate_pem)
+    for anchors in (
+        [bad],
+        [bad, good[1].certificate_pem],
+        [good[1].certificate_pem, bad, good[2].certificate_pem, bad],
+    ):
+        context = legacy_context(
+            identity.certificate_pem,
+            identity.key_pem,
+            anchors=anchors,
+            minimum=TlsVersion.TLS_1_2,
+            required=True,
+        )
+        assert context.cert_store_stats()["x509"] == len(anchors) - anchors.count(bad)
 
 
 @pytest.mark.parametrize("platform", ["linux", "darwin"])

@@ -34,6 +34,7 @@ OWN_ID = "0e3f1a52-7c40-4a53-9b0f-7d0a5ac5ffff"
 """Whose last digits are no place in a batch of ours."""
 
 DEAD, UNKNOWN, REVIVED, FORMER, ALIVE = (f"{number:064x}" for number in (0xDEAD, 0xBAD, 0xACE, 0xF00, 0xA11CE))
+LONG_DEAD = f"{0xDEAD0:064x}"
 
 
 def batch(number: int, tokens: Sequence[str], app: str = "demo", connection: str = "", first: int = 0) -> Batch:
@@ -109,7 +110,8 @@ class Kept:
             ),
             ended(cls.proxied, [State.ACCEPTED]),
         ]
-        removals = [Removal("demo", Environment.PRODUCTION, DeviceToken(DEAD), 1_795_176_000)]
+        dead = DEAD, LONG_DEAD
+        removals = [Removal("demo", Environment.PRODUCTION, DeviceToken(each), 1_795_176_000) for each in dead]
         store = await SqliteStore.open(file)
         await store.keep(finished, removals)
         await store.put([cls.waiting])
@@ -321,6 +323,16 @@ def test_a_removed_device_token_is_told_to_be_dead_since_when(shared: tuple[Path
         said = flat(done.stdout)
         assert "It is removed: Apple says that it is dead since 2026-11-20 at 12:00:00 UTC (app demo, product" in said
         assert f"{Kept.dead.id}0001" in said
+
+
+def test_a_removed_device_token_is_told_to_be_dead_also_when_no_receipt_is_left(
+    shared: tuple[Path, dict[str, str]],
+) -> None:
+    done = ask(shared, "why", LONG_DEAD)
+    assert done.returncode == 1
+    said = flat(done.stdout)
+    assert "It is removed: Apple says that it is dead since 2026-11-20 at 12:00:00 UTC (app demo, product" in said
+    assert "No notification to it is known here" in said
 
 
 def test_a_device_token_that_apple_did_not_know_is_told_to_be_held_back(shared: tuple[Path, dict[str, str]]) -> None:

@@ -27,7 +27,8 @@ import structlog
 from heliograph.callers import Callers
 from heliograph.config import LegacySettings
 from heliograph.doors.admittance import Admittance
-from heliograph.doors.legacy_connection import Common, Connection, Intake, Lines
+from heliograph.doors.legacy_common import Common, Intake, Lines
+from heliograph.doors.legacy_connection import Connection
 from heliograph.doors.legacy_trail import Sent
 from heliograph.errors import ConfigError
 from heliograph.model import App

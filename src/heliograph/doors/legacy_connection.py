@@ -5,55 +5,38 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import structlog
 from msgspec import Struct
 
 from heliograph import reasons
-from heliograph.config import LegacySettings
-from heliograph.doors.admittance import Admittance, Guest, NotAdmitted
+from heliograph.doors.admittance import Guest, NotAdmitted
 from heliograph.doors.legacy_columns import HeaderSets, append, empty_frames, pick
-from heliograph.doors.legacy_trail import Entry, Place, Sent, Stretch, Trail, Whose, marks
-from heliograph.doors.receipts import PLACES, SENT_BEFORE
+from heliograph.doors.legacy_common import Common
+from heliograph.doors.legacy_trail import Entry, Stretch, Trail, Whose, marks
+from heliograph.doors.receipts import SENT_BEFORE
 from heliograph.errors import Overloaded, StoreError
-from heliograph.model import App, Batch, Origin, Receipt, State
+from heliograph.model import MAX_BATCH, App, Batch, Origin, Receipt, State
 from heliograph.net.streams import Stream
 from heliograph.protocols.binary import FrameReader, Frames, Status, error_packet
-from heliograph.relay import Relay
-from heliograph.telemetry import LegacyMeter
 
-MOST_FRAMES = 1000
-"""Of one connection that were read while others are being stored: one batch. With more, it is not read from."""
-MOST_OCTETS = 512 * 1024
-"""Of all connections together that were read and are not stored: two reads from a socket. With more, no connection that
-brings some is read from, so that it stays a matter of milliseconds until what was read is stored."""
-STAGGER_S = 0.005
-"""Between two connections that are read from again."""
-
+MOST_FRAMES = 500
+"""Of one connection that were read while others are being stored. With more, it is not read from."""
 LINGER_S = 30.0
 """How long what a client still writes is thrown away after an error packet, so that it can read that."""
 UNFINISHED_S = 60.0
 """How long a frame may take to arrive."""
 ENDED_S = 5.0
 """How long Apple's answers are waited for where the client has ended its side."""
-IN_FLIGHT_S = 10.0
-"""How long Apple's answers to what was on the wire behind a bad frame are waited for before the client hears of it."""
+IN_FLIGHT_S = 3.0
+"""How long Apple's answers to what was on the wire behind a bad frame are waited for before the client hears of it. Old
+clients wait for seconds at most."""
 GONE_S = 0.5
 """How long the machine of a client that is gone may take to say so."""
 
-_LINES = 30
-"""Log lines of a kind in a minute; of more there is a count."""
-
+_NOT_ENDED = (State.QUEUED, State.SENT)
 _log = structlog.get_logger("heliograph.legacy")
-
-
-class _Bad(Struct, frozen=True):
-    """A frame that Apple said no to."""
-
-    place: Place
-    status: int
-    reason: str
 
 
 class _Answer(Struct, frozen=True):
@@ -64,84 +47,14 @@ class _Answer(Struct, frozen=True):
     reason: str
 
 
-class Intake:
-    """What all connections together have read and not stored yet."""
+class _Bad(Struct, frozen=True):
+    """A frame that Apple said no to."""
 
-    def __init__(self, later: Callable[[float, Callable[[], None]], object]) -> None:
-        """`later` is a loop's `call_later`."""
-        self._later = later
-        self._octets = 0
-        self._waiting: dict[Connection, None] = {}
-        self._going_on = False
-
-    @property
-    def full(self) -> bool:
-        return self._octets >= MOST_OCTETS
-
-    def add(self, octets: int) -> None:
-        self._octets += octets
-
-    def wait(self, connection: Connection) -> None:
-        """Have it read on once there is room."""
-        self._waiting[connection] = None
-
-    def release(self, octets: int) -> None:
-        """So much of it is stored, or thrown away."""
-        self._octets -= octets
-        if not self._going_on:
-            self._let_one_in()
-
-    def _let_one_in(self) -> None:
-        """One after the other: nobody knows how much they bring."""
-        self._going_on = False
-        if self._waiting and not self.full:
-            connection = next(iter(self._waiting))
-            del self._waiting[connection]
-            connection.read_on()
-            if self._waiting:
-                self._going_on = True
-                self._later(STAGGER_S, self._let_one_in)
+    position: int
+    answer: _Answer
 
 
-class Lines:
-    """Keeps log lines of a kind from becoming too many."""
-
-    def __init__(self, listener: str) -> None:
-        self._listener = listener
-        self._counts: dict[str, int] = {}
-
-    def allow(self, event: str) -> bool:
-        """Whether there were not too many of this kind lately; otherwise they are counted."""
-        self._counts[event] = count = self._counts.get(event, 0) + 1
-        return count <= _LINES
-
-    def begin_anew(self) -> None:
-        """Another minute: tell how many were left out of the last one."""
-        for event, count in self._counts.items():
-            if count > _LINES:
-                _log.warning("legacy_more", listener=self._listener, kind=event, count=count - _LINES)
-        self._counts.clear()
-
-
-class Common(Struct, frozen=True, eq=False):
-    """What the connections of a listener share."""
-
-    name: str
-    """The listener's."""
-    settings: LegacySettings
-    relay: Relay
-    apps: Mapping[str, App]
-    admittance: Admittance
-    meter: LegacyMeter
-    clock: Callable[[], float]
-    """UNIX seconds."""
-    loop: asyncio.AbstractEventLoop
-    sent: Sent
-    intake: Intake
-    lines: Lines
-    connections: set[Connection]
-    tasks: set[asyncio.Task[None]]
-    """Work in hand; some is that of clients that are gone."""
+_SHUTDOWN = _Answer(Status.SHUTDOWN, 0, "Shutdown")
 
 
 class Connection:
@@ -269,8 +182,8 @@ class Connection:
             return
         for index in indices:
             place = self._trail.find(batch_id, index)
-            if place is not None and (self._bad is None or place.position < self._bad.place.position):
-                self._bad = _Bad(place, status, reason)
+            if place is not None and (self._bad is None or place.position < self._bad.position):
+                self._bad = _Bad(place.position, _Answer(status, place.identifier, reason))
                 self._trail.freeze()
                 self._wake()
 
@@ -283,7 +196,7 @@ class Connection:
     def shut(self) -> None:
         """Take nothing more, and say what was taken."""
         self._hurried.set()
-        self._say_last(_Answer(Status.SHUTDOWN, 0, "Shutdown"))
+        self._say_last(_SHUTDOWN)
 
     def too_slow(self, now: float) -> bool:
         """Whether a frame of its takes too long to arrive."""
@@ -332,6 +245,11 @@ class Connection:
                     self._tell(self._answer)
                 else:
                     break
+        except asyncio.CancelledError:  # the server cannot wait any longer
+            if not self._told and not self._gone:
+                # What is behind a bad frame may be cancelled already.
+                self._tell(_SHUTDOWN if self._bad is None else self._bad.answer)
+            raise
         except Exception:  # noqa: BLE001 - a client must not wait for ever, whatever went wrong here
             _log.exception("legacy_failed", connection=self.name)
             self._stream.abort()
@@ -364,6 +282,8 @@ class Connection:
         stop = len(frames)
         try:
             answer: _Answer | None = None
+            if known:
+                known = await self._without_failed(known)
             if not known:
                 stop, answer = await self._enqueue(frames, range(first, first + stop), every)
             elif rest := [index for index in range(stop) if index not in known]:
@@ -374,15 +294,22 @@ class Connection:
             stop = 0
             answer = _Answer(Status.SHUTDOWN, 0, "Overloaded" if isinstance(error, Overloaded) else "StoreFails")
         finally:
-            common.sent.remember(whose, [(each.mark, each.id) for at, each in known.items() if at >= stop], now)
+            common.sent.remember(whose, [(each.id, each.mark) for at, each in known.items() if at >= stop], now)
         if answer is not None:
             self._answer, self._deaf = answer, True
             self._forget_gathered()
         if kept := {index: entry for index, entry in known.items() if index < stop}:
-            await self._keep(frames, first, kept)
+            await self._keep_sent_before(frames, first, kept)
         if stop:
             self._last = frames.identifiers[stop - 1]
         return stop
+
+    async def _without_failed(self, known: dict[int, Entry]) -> dict[int, Entry]:
+        """Without those that did not go out after all: cancelled, refused, given up on. Raises StoreError."""
+        receipts = await self._common.relay.receipts([entry.id for entry in known.values()])
+        return {
+            index: entry for (index, entry), receipt in zip(known.items(), receipts, strict=True) if _goes_out(receipt)
+        }
 
     async def _enqueue(self, frames: Frames, positions: Sequence[int], every: array[int]) -> tuple[int, _Answer | None]:
         """How many of these were taken, and why not the next one. Raises Overloaded, StoreError."""
@@ -419,6 +346,8 @@ class Connection:
         if begun.refused is None:
             return taken, None
         reason = begun.refused.reason
+        if guest.app in common.apps:
+            await self._keep(pick(frames, [taken]), State.REJECTED, reason, [begun.refused.detail])
         return taken, _Answer(_status_at_once(reason), identifiers[taken], reason)
 
     def _watch(
@@ -433,30 +362,30 @@ class Connection:
             self._common.relay.unwatch(gone)
             start = stop
 
-    async def _keep(self, frames: Frames, first: int, known: Mapping[int, Entry]) -> None:
-        """Have it known what became of frames that are not sent, as they were before."""
-        common, guest = self._common, self._guest
-        assert guest is not None
+    async def _keep_sent_before(self, frames: Frames, first: int, known: Mapping[int, Entry]) -> None:
+        """Have it known that these are not sent, as they were before."""
         those = pick(frames, list(known))
         ids = [entry.id for entry in known.values()]
         if not self._gone:
             mine = array("q", [entry.mark for entry in known.values()])
             positions = [first + index for index in known]
-            at = common.loop.time()
+            at = self._common.loop.time()
             self._trail.add(Stretch(None, positions, array("I", those.identifiers), mine, at, ids))
+        whys = [f"it was sent as {each}, and again by the client after an error packet" for each in ids]
+        await self._keep(those, State.CANCELLED, SENT_BEFORE, whys)
+
+    async def _keep(self, frames: Frames, state: State, reason: str, whys: Sequence[str]) -> None:
+        """Have it known what became of frames that are not sent."""
+        common, guest = self._common, self._guest
+        assert guest is not None
+        headers = self._header_sets(guest).column(frames, common.clock())
+        origin = self._origin(frames.identifiers)
         try:
             await common.relay.keep(
-                guest.app,
-                guest.environment,
-                self._header_sets(guest).column(those, common.clock()),
-                those.tokens,
-                those.payloads,
-                self._origin(those.identifiers),
-                reason=SENT_BEFORE,
-                whys=[f"it was sent as {each}, and again by the client after an error packet" for each in ids],
+                guest.app, guest.environment, headers, frames.tokens, origin, state=state, reason=reason, whys=whys
             )
-        except StoreError as error:  # they went out all the same; only nobody can look for them
-            _log.error("cannot_keep", connection=self.name, count=len(ids), why=str(error))
+        except StoreError as error:  # nothing hangs on it: only, nobody can look for them
+            _log.error("cannot_keep", connection=self.name, count=len(frames), why=str(error))
 
     # -- a late no -----------------------------------------------------------------------------------------------
 
@@ -465,50 +394,41 @@ class Connection:
         self._deaf = True
         self._forget_gathered()
         until = self._common.loop.time() + IN_FLIGHT_S
-        try:
-            while True:
-                found = await self._call_off(bad.place.position, until)
-                if self._gone:
-                    return
-                assert self._bad is not None
-                if self._bad is bad:
-                    break
-                bad = self._bad
-        except StoreError as error:
-            _log.error("cannot_cancel", connection=self.name, why=str(error))
-            self._told = True
-            self._stream.close()
-            return
-        self._remember(found)
-        self._tell(_Answer(bad.status, bad.place.identifier, bad.reason))
-
-    async def _call_off(self, position: int, until: float) -> list[tuple[int, str]]:
-        """Cancel all behind a position; what of it had gone out, by mark and id. Raises StoreError."""
-        relay, loop = self._common.relay, self._common.loop
-        gone_out: list[tuple[int, str]] = []
-        in_flight: dict[str, int] = {}
-        for stretch, indices in self._trail.behind(position):
+        while True:
+            behind = self._trail.behind(bad.position)
+            try:
+                await self._cancel(behind, until)
+            except StoreError as error:  # what is not cancelled goes out by itself, and is known again
+                _log.error("cannot_cancel", connection=self.name, why=str(error))
             if self._gone:
+                return
+            assert self._bad is not None
+            if self._bad is bad:
                 break
-            if stretch.batch_id is None:
-                gone_out += [(stretch.marks[index], stretch.ids[index]) for index in indices]
-                continue
-            ids = [stretch.batch_id + PLACES[index] for index in indices]
-            for index, receipt in zip(indices, await relay.cancel(ids), strict=True):
-                if receipt is None:
-                    continue
-                if receipt.cancelling:
-                    in_flight[receipt.id] = stretch.marks[index]
-                elif _went_out(receipt):
-                    gone_out.append((stretch.marks[index], receipt.id))
+            bad = self._bad
+        self._remember(behind)
+        self._tell(bad.answer)
+
+    async def _cancel(self, behind: dict[str, int], until: float) -> None:
+        """Have these not sent any more, and take from `behind` those that are not.
+
+        Returns when Apple has answered to what was on the wire, or it is late. Raises StoreError.
+        """
+        relay, loop = self._common.relay, self._common.loop
+        ids, in_flight = list(behind), []
+        for start in range(0, len(ids), MAX_BATCH):
+            if self._gone:
+                return
+            some = ids[start : start + MAX_BATCH]
+            for each, receipt in zip(some, await relay.cancel(some), strict=True):
+                if receipt is not None and receipt.cancelling:
+                    in_flight.append(each)
+                elif not _goes_out(receipt):
+                    del behind[each]
         while in_flight and not self._hurried.is_set() and (left := until - loop.time()) > 0:
-            await self._receipt(next(iter(in_flight)), left)
-            for receipt in await relay.receipts(list(in_flight)):
-                if receipt is not None and receipt.state not in (State.QUEUED, State.SENT):
-                    mark = in_flight.pop(receipt.id)
-                    if _went_out(receipt):
-                        gone_out.append((mark, receipt.id))
-        return gone_out
+            await self._receipt(in_flight[0], left)
+            receipts = await relay.receipts(in_flight)
+            in_flight = [each.id for each in receipts if each is not None and each.cancelling]
 
     async def _receipt(self, id: str, timeout_s: float) -> None:
         """Wait until this has ended, or the client is gone."""
@@ -523,25 +443,22 @@ class Connection:
 
     async def _tell_ended(self, bad: _Bad) -> None:
         """Tell a client that may be there or not, and may send again all that is behind."""
-        found: list[tuple[int, str]] = []
-        for stretch, indices in self._trail.behind(bad.place.position):
-            for index in indices:
-                batch_id = stretch.batch_id
-                went_as = stretch.ids[index] if batch_id is None else batch_id + PLACES[index]
-                found.append((stretch.marks[index], went_as))
-        self._remember(found)
-        self._say(_Answer(bad.status, bad.place.identifier, bad.reason))
+        self._remember(self._trail.behind(bad.position))
+        self._say(bad.answer)
         if not self._gone:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(GONE_S):
                     await self._hurried.wait()
+            if not self._stream.broken:  # what is reset from here on has read the packet
+                self._expected = []
             self._stream.end()
 
-    def _remember(self, found: Sequence[tuple[int, str]]) -> None:
+    def _remember(self, behind: Mapping[str, int]) -> None:
+        """Have these known again; whether they did go out is looked up then."""
         common, guest = self._common, self._guest
         assert guest is not None
         whose: Whose = (guest.id, guest.app, guest.environment)
-        entries = common.sent.remember(whose, found, common.loop.time())
+        entries = common.sent.remember(whose, behind.items(), common.loop.time())
         if self._stream.ended:
             self._expected = entries
 
@@ -658,8 +575,10 @@ def _status_at_once(reason: str) -> int:
     return Status.INVALID_TOKEN if row.legacy_status is None else row.legacy_status
 
 
-def _went_out(receipt: Receipt) -> bool:
-    """Whether Apple has it, or has said that the token is dead: that is for feedback."""
+def _goes_out(receipt: Receipt | None) -> bool:
+    """Whether Apple has it, or gets it, or has said that the token is dead: that is for feedback."""
+    if receipt is None:
+        return False
     if receipt.state is State.REJECTED:
         return reasons.find(receipt.reason, receipt.status).legacy_status is None
-    return receipt.state is State.ACCEPTED
+    return receipt.state is State.ACCEPTED or (receipt.state in _NOT_ENDED and not receipt.cancelling)

@@ -9,10 +9,11 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 from msgspec import Struct
 
+from heliograph.doors.receipts import PLACES
 from heliograph.model import Environment
 from heliograph.protocols.binary import Frames
 
@@ -58,9 +59,13 @@ class Stretch(Struct, eq=False):
     """Of the latter kind: the notifications that they had gone out as."""
     ended: bool = False
 
-    def behind(self, position: int) -> range:
-        """The indices of those that came after it."""
-        return range(bisect_right(self.positions, position), len(self.positions))
+    def behind(self, position: int) -> dict[str, int]:
+        """Those that came after it: their marks, by the ids of the notifications that they went in as."""
+        indices = range(bisect_right(self.positions, position), len(self.positions))
+        batch_id = self.batch_id
+        if batch_id is None:
+            return {self.ids[index]: self.marks[index] for index in indices}
+        return {batch_id + PLACES[index]: self.marks[index] for index in indices}
 
 
 class Trail:
@@ -121,12 +126,12 @@ class Trail:
         stretch = self._by_batch.get(batch_id)
         return None if stretch is None else Place(stretch.positions[index], stretch.identifiers[index])
 
-    def behind(self, position: int) -> Iterator[tuple[Stretch, range]]:
-        """Everything that came after it."""
-        for stretch in list(self._stretches):
-            indices = stretch.behind(position)
-            if indices:
-                yield stretch, indices
+    def behind(self, position: int) -> dict[str, int]:
+        """Everything that came after it, as in `Stretch.behind`."""
+        found: dict[str, int] = {}
+        for stretch in self._stretches:
+            found |= stretch.behind(position)
+        return found
 
     def _drop_ended(self) -> None:
         while self._stretches and self._stretches[0].ended and not self._frozen:
@@ -171,11 +176,11 @@ class Sent:
     def __len__(self) -> int:
         return self._count
 
-    def remember(self, whose: Whose, found: Iterable[tuple[int, str]], now: float) -> list[Entry]:
-        """Wait for these, by mark and the id of the notification; `now` is in seconds from anywhere."""
+    def remember(self, whose: Whose, found: Iterable[tuple[str, int]], now: float) -> list[Entry]:
+        """Wait for these, by the notification's id and the mark; `now` is in seconds from anywhere."""
         known = self._known.setdefault(whose, {})
         made = []
-        for mark, went_as in found:
+        for went_as, mark in found:
             entry = known[mark] = Entry(whose, mark, went_as, now + self._keep_s, known.get(mark))
             made.append(entry)
         self._order.extend(made)

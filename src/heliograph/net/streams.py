@@ -26,6 +26,8 @@ UNREAD_S = 60.0
 """How long a peer may read nothing while more than the transport holds (64 kB) waits for it. Slow readers are none."""
 CLOSE_S = 2.0
 """How long `Stream.close` waits for the peer's end."""
+_READ_OCTETS = 64 * 1024
+"""What is read from a socket at once; asyncio would read 256 kB, and keep the user as long."""
 _PIECE_OCTETS = 8 * 1024
 """So much goes into the memory BIO at once: its buffer never gets smaller again."""
 _RECORD_OCTETS = 16 * 1024
@@ -63,7 +65,7 @@ class _Tls(ssl.SSLObject):
     server_name: str | None = None
 
 
-class Stream(asyncio.Protocol):
+class Stream(asyncio.BufferedProtocol):
     """One connection, server role. Before `User.on_open` it is nobody's."""
 
     __slots__ = (
@@ -144,6 +146,12 @@ class Stream(asyncio.Protocol):
             octets += int(sent)
         return max(0, octets - self._tail)
 
+    @property
+    def broken(self) -> bool:
+        """Whether the peer's machine has reset the connection. Once the peer's end was read, no call tells of it."""
+        self._look_for_reset()
+        return self._error is not None
+
     def end(self) -> None:
         """End our side: close_notify, then FIN. What comes in is given on until the peer ends as well."""
         if self._ending or self._transport.is_closing():
@@ -211,14 +219,17 @@ class Stream(asyncio.Protocol):
         self._tls = cast("_Tls", context.wrap_bio(self._incoming, self._outgoing, server_side=True))
         self._set_timer(HANDSHAKE_S, self._on_slow_handshake)
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 - asyncio's own guess
+        return self._listener.buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
         if self._deaf or self.ended:
             return
         pieces: list[bytes] = []
         over = False
-        view = memoryview(data)
-        for at in range(0, len(data), _PIECE_OCTETS):
-            self._incoming.write(view[at : at + _PIECE_OCTETS])
+        data = self._listener.buffer[:nbytes]
+        for at in range(0, nbytes, _PIECE_OCTETS):
+            self._incoming.write(data[at : at + _PIECE_OCTETS])
             if self._user is None and not self._shake_hands(data):
                 if self._deaf:
                     return
@@ -281,7 +292,7 @@ class Stream(asyncio.Protocol):
         """The peer's, for people."""
         return str(self.peername[0]) if self.peername else "?"
 
-    def _shake_hands(self, data: bytes) -> bool:
+    def _shake_hands(self, data: memoryview) -> bool:
         """Whether the handshake is over."""
         self._first = self._first or bytes(data[:1])
         try:
@@ -338,12 +349,15 @@ class Stream(asyncio.Protocol):
         if self._ending:
             self._close()
 
+    def _look_for_reset(self) -> None:
+        if not self._transport.is_closing():
+            number = self._transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if number:  # said once only
+                self._error = OSError(number, os.strerror(number))  # a ConnectionError, by its number
+
     def _close(self) -> None:
         if not self._transport.is_closing():
-            # Once the peer's end was read nobody looks at the socket, and so at its reset.
-            number = self._transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            if number:
-                self._error = OSError(number, os.strerror(number))  # a ConnectionError, by its number
+            self._look_for_reset()
             self._transport.close()
             self._set_timer(UNREAD_S, self._transport.abort)
 
@@ -412,6 +426,8 @@ class StreamListener:
         self._entering: set[Stream] = set()
         self._empty: asyncio.Event = asyncio.Event()
         self.refused = refused
+        self.buffer = memoryview(bytearray(_READ_OCTETS))
+        """What was read last, of whichever stream: it is taken out before anything else is read."""
         self.port = 0
         self.streams: set[Stream] = set()
         """Those whose handshake is over."""

@@ -281,29 +281,29 @@ class Relay:
         environment: Environment,
         headers: Sequence[Headers],
         tokens: Sequence[bytes],
-        payloads: Sequence[bytes],
         origin: Origin,
         *,
+        state: State,
         reason: str,
         whys: Sequence[str],
     ) -> None:
-        """Have it on record that these came and are not sent: cancelled, for this reason, and each why.
+        """Have it on record that these came and are not sent: how they ended, for this reason, and each why.
 
-        Durable on return. Columns as in `admit_until_refused`; nothing is checked. Raises StoreError.
+        Durable on return. Columns as in `admit_until_refused`; nothing is checked. Payloads are not kept, as nobody
+        will send them. Raises StoreError.
         """
         now = self._clock()
         new_id = functools.partial(self._new_id, now)
         finished: list[tuple[Batch, Outcomes]] = []
         start = 0
-        for batch in make_batches(new_id, app, environment, now, headers, tokens, payloads, origin):
+        for batch in make_batches(new_id, app, environment, now, headers, tokens, (b"",), origin):
             size = len(batch)
             own = enumerate(whys[start : start + size])
             details = tuple([Detail(index, reason, attempts=0, why=why) for index, why in own])
-            states = bytes((State.CANCELLED,)) * size
-            finished.append((batch, Outcomes(batch.id, 1, states, bytes(4 * size), details)))
+            finished.append((batch, Outcomes(batch.id, 1, bytes((state,)) * size, bytes(4 * size), details)))
             start += size
         await self._store.keep(finished)
-        self._telemetry.lane(app, environment).ended(State.CANCELLED, len(tokens))
+        self._telemetry.lane(app, environment).ended(state, len(tokens))
 
     def unwatch(self, batch_ids: Iterable[str]) -> None:
         """Tell nobody of these any more."""
@@ -328,23 +328,20 @@ class Relay:
 
         Durable on return. Raises StoreError.
         """
-        if apps is not None:
-            found = await self._find(ids, apps)
-            ids = [each for each, receipt in zip(ids, found, strict=True) if receipt is not None]
-        return await self._store.replay(ids)
+        asked: dict[str, list[str]] = {}
+        ids = list(dict.fromkeys(ids))
+        for each, receipt in zip(ids, await self._store.find_receipts(ids, apps), strict=True):
+            if receipt is not None:  # under our id, though it be asked for by its caller's
+                asked.setdefault(receipt.id, []).append(each)
+        return [each for replayed in await self._store.replay(list(asked)) for each in asked[replayed]]
 
     async def notifications(self, wanted: Filter, before: str | None, limit: int) -> Page:
         """As `Store.find_notifications`. Raises StoreError, and ValueError if `before` is no id."""
         return await self._store.find_notifications(wanted, before, limit)
 
-    async def _find(self, ids: Sequence[str], apps: Collection[str] | None) -> Sequence[Receipt | None]:
-        """The receipts; None where no such notification was taken for these apps."""
-        found = await self._store.find_receipts(ids)
-        return found if apps is None else [each if each is None or each.app in apps else None for each in found]
-
-    async def receipts(self, ids: Sequence[str]) -> Sequence[Receipt | None]:
-        """The last known state of each; None where no such notification was taken."""
-        return await self._store.find_receipts(ids)
+    async def receipts(self, ids: Sequence[str], apps: Collection[str] | None = None) -> Sequence[Receipt | None]:
+        """The last known state of each; None where no such notification was taken for these apps, or for any."""
+        return await self._store.find_receipts(ids, apps)
 
     async def receipt(self, notification_id: str, timeout_s: float) -> Receipt | None:
         """The receipt as soon as its state is final, or as it is after `timeout_s`."""
@@ -396,7 +393,7 @@ class Relay:
         try:
             async with asyncio.timeout(_CANCEL_S):
                 while True:
-                    found = await self._find(ids, apps)
+                    found = await self._store.find_receipts(ids, apps)
                     waiting = {each.id: each for each in found if each is not None and _may_be_sent(each)}
                     if not waiting:
                         return found

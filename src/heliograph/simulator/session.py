@@ -86,6 +86,8 @@ class Session:
         self._cancelled: set[int] = set()
         """Streams that were cancelled while requests were waiting."""
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_due = 0.0
+        """Loop time. A handle does not tell it everywhere: uvloop gives a plain one for what is due at once."""
         self._unread: list[Event] | None = None
         """Nothing is read any more: what had been, after the request that ordered this."""
         self._reading_on: asyncio.TimerHandle | None = None
@@ -287,9 +289,10 @@ class Session:
     def _set_timer(self) -> None:
         due = self._waiting[0][0]
         if self._timer is not None:
-            if self._timer.when() <= due:
+            if self._timer_due <= due:
                 return
             self._timer.cancel()
+        self._timer_due = due
         self._timer = asyncio.get_running_loop().call_at(due, self._release)
 
     def _release(self) -> None:

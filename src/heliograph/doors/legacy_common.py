@@ -1,0 +1,111 @@
+"""What the connections of a listener for old scripts share."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import structlog
+from msgspec import Struct
+
+from heliograph.config import LegacySettings
+from heliograph.doors.admittance import Admittance
+from heliograph.doors.legacy_trail import Sent
+from heliograph.model import App
+from heliograph.relay import Relay
+from heliograph.telemetry import LegacyMeter
+
+if TYPE_CHECKING:
+    from heliograph.doors.legacy_connection import Connection
+
+MOST_OCTETS = 256 * 1024
+"""Of all connections together that were read and are not stored: four reads from a socket. With more, none that
+brings some is read from, so that it stays a matter of milliseconds until what was read is stored."""
+STAGGER_S = 0.005
+"""Between two connections that are read from again."""
+
+_LINES = 30
+"""Log lines of a kind in a minute; of more there is a count."""
+
+_log = structlog.get_logger("heliograph.legacy")
+
+
+class Intake:
+    """What all connections together have read and not stored yet."""
+
+    def __init__(self, later: Callable[[float, Callable[[], None]], object]) -> None:
+        """`later` is a loop's `call_later`."""
+        self._later = later
+        self._octets = 0
+        self._waiting: dict[Connection, None] = {}
+        self._going_on = False
+
+    @property
+    def full(self) -> bool:
+        return self._octets >= MOST_OCTETS
+
+    def add(self, octets: int) -> None:
+        self._octets += octets
+
+    def wait(self, connection: Connection) -> None:
+        """Have it read on once there is room."""
+        self._waiting[connection] = None
+
+    def release(self, octets: int) -> None:
+        """So much of it is stored, or thrown away."""
+        self._octets -= octets
+        if not self._going_on:
+            self._let_one_in()
+
+    def _let_one_in(self) -> None:
+        """One after the other: nobody knows how much they bring."""
+        self._going_on = False
+        if self._waiting and not self.full:
+            connection = next(iter(self._waiting))
+            del self._waiting[connection]
+            connection.read_on()
+            if self._waiting:
+                self._going_on = True
+                self._later(STAGGER_S, self._let_one_in)
+
+
+class Lines:
+    """Keeps log lines of a kind from becoming too many."""
+
+    def __init__(self, listener: str) -> None:
+        self._listener = listener
+        self._counts: dict[str, int] = {}
+
+    def allow(self, event: str) -> bool:
+        """Whether there were not too many of this kind lately; otherwise they are counted."""
+        self._counts[event] = count = self._counts.get(event, 0) + 1
+        return count <= _LINES
+
+    def begin_anew(self) -> None:
+        """Another minute: tell how many were left out of the last one."""
+        for event, count in self._counts.items():
+            if count > _LINES:
+                _log.warning("legacy_more", listener=self._listener, kind=event, count=count - _LINES)
+        self._counts.clear()
+
+
+class Common(Struct, frozen=True, eq=False):
+    """What the connections of a listener share."""
+
+    name: str
+    """The listener's."""
+    settings: LegacySettings
+    relay: Relay
+    apps: Mapping[str, App]
+    admittance: Admittance
+    meter: LegacyMeter
+    clock: Callable[[], float]
+    """UNIX seconds."""
+    loop: asyncio.AbstractEventLoop
+    sent: Sent
+    intake: Intake
+    lines: Lines
+    connections: set[Connection]
+    tasks: set[asyncio.Task[None]]
+    """Work in hand; some is that of clients that are gone."""
