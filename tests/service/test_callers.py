@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from heliograph.model import Environment, Scope
+from heliograph.net.identity import AUTHORITY, SERVER, server_identity
 from heliograph.simulator.server import Simulator
 from tests.certificates import Issued, authority, key_pem, push_certificate, rsa_key
 from tests.service.test_keys import TOPICS, Asking, app_for, asking
@@ -219,6 +220,21 @@ async def test_a_caller_that_cannot_be_is_refused_with_what_to_change(
     assert problem["detail"][-1] in ".?"
     assert "PRIVATE KEY-----\n" not in str(problem)
     assert await listed(server) == []
+
+
+async def test_what_the_server_shows_itself_is_no_client_s_certificate(server: Asking, tmp_path: Path) -> None:
+    server_identity(tmp_path, None, None)
+    for file in (AUTHORITY, SERVER):
+        content = (tmp_path / file).read_text().partition("-----BEGIN PRIVATE KEY-----")[0]
+        status, problem = await server.ask("POST", PATH, {"app": "shop", "certificate": content})
+        assert (status, problem["code"]) == (400, "BadCaller")
+        assert "heliograph's own" in problem["detail"]
+    assert await listed(server) == []
+
+
+async def test_a_certificate_that_calls_itself_an_authority_may_be_a_client_s(server: Asking) -> None:
+    # As those of `openssl req -x509` do.
+    assert (await add(server, of(authority())))["app"] == "shop"
 
 
 @pytest.mark.parametrize("name", ["x", "%00", "%ff", "0" * 64, "1" * 5000, "DEF123GHIJ.ABC123DEFG", "x/y"])

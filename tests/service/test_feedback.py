@@ -348,6 +348,7 @@ async def test_client_that_is_nobody_is_turned_away_and_told_of_in_the_log(tmp_p
                 script.close()
             assert [line["event"] for line in lines] == ["feedback_refused"]
             assert lines[0]["why"]
+            assert "give" in lines[0]["hint"]
 
 
 async def test_client_whose_environment_is_open_is_turned_away(tmp_path: Path) -> None:

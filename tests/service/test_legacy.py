@@ -32,9 +32,11 @@ from heliograph.callers import Callers, certificate_id
 from heliograph.config import LegacySettings
 from heliograph.doors import legacy, legacy_connection
 from heliograph.doors.legacy import Gateway
+from heliograph.doors.legacy_common import advise
 from heliograph.doors.receipts import meaning
 from heliograph.errors import ConfigError, Overloaded, StoreError
 from heliograph.model import Access, App, Environment, Filter, KnownCaller, PushType, Receipt, State
+from heliograph.net import streams
 from heliograph.net.tls import throwaway_identity
 from heliograph.protocols.binary import (
     ErrorReader,
@@ -870,11 +872,15 @@ async def refused(door: Door, *connect: Any) -> None:
     assert await door.taken(0) == []
 
 
-async def test_frames_of_a_client_with_an_unknown_certificate_are_not_read(door: Door) -> None:
-    with structlog.testing.capture_logs() as logs:
-        await refused(door, "stranger")
-    (line,) = [each for each in logs if each["event"] == "legacy_refused"]
-    assert "not registered" in line["why"]
+async def test_frames_of_a_client_with_an_unknown_certificate_are_not_read(house: House, tmp_path: Path) -> None:
+    for settings in ({}, {"app": APP}, {"names": {"example.push.example.org": APP}}):
+        async with open_door(house, tmp_path, **settings) as door:
+            with structlog.testing.capture_logs() as logs:
+                await refused(door, "stranger")
+            (line,) = [each for each in logs if each["event"] == "legacy_refused"]
+            assert "not registered" in line["why"]
+            assert "heliograph callers add" in line["hint"]
+            assert ("or have it show none" in line["hint"]) is bool(settings)
 
 
 async def test_a_certificate_that_a_registered_one_has_issued_lets_nobody_in(house: House, tmp_path: Path) -> None:
@@ -887,7 +893,44 @@ async def test_a_certificate_that_a_registered_one_has_issued_lets_nobody_in(hou
 
 
 async def test_frames_of_a_client_without_a_certificate_are_not_read(door: Door) -> None:
-    await refused(door, None)
+    with structlog.testing.capture_logs() as logs:
+        await refused(door, None)
+    (line,) = [each for each in logs if each["event"] == "legacy_refused"]
+    assert "heliograph legacy certificate" in line["hint"]
+    assert "app or names in [legacy.main]" in line["hint"]
+
+
+@pytest.mark.parametrize(
+    "said, hint",
+    [(b"", "doors-ca.pem"), (bytes.fromhex("15030100020250"), "OPENSSL_CONF"), (b"GET /", "with TLS")],
+    ids=["nothing", "alert", "HTTP"],
+)
+async def test_a_client_that_comes_without_a_handshake_is_logged_with_what_to_do(
+    door: Door, said: bytes, hint: str
+) -> None:
+    with structlog.testing.capture_logs() as logs:
+        _, writer = await asyncio.open_connection("127.0.0.1", door.gateway.port)
+        writer.write(said)
+        writer.write_eof()
+        async with asyncio.timeout(PATIENCE_S):
+            while not logs:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        writer.close()
+    assert logs[0]["event"] == "legacy_refused"
+    assert hint in logs[0]["hint"]
+
+
+@pytest.mark.parametrize(
+    "why, hint",
+    [
+        (f"{streams.CLIENT_REFUSED} unknown ca", "doors-ca.pem"),
+        (f"{streams.CLIENT_REFUSED} certificate unknown", "certificate in [legacy.old]"),
+        (streams.TOO_OLD, 'minimum_tls = "1.0", in a network that you trust'),
+        (f"{streams.TOO_WEAK} (EE certificate key too weak)", "minimum_tls"),
+    ],
+)
+def test_what_to_do_about_a_handshake_that_failed(why: str, hint: str) -> None:
+    assert hint in (advise(why, "old", LegacySettings()) or "")
 
 
 async def test_a_listener_with_an_app_takes_clients_without_a_certificate(house: House, tmp_path: Path) -> None:
@@ -1208,6 +1251,16 @@ async def test_log_lines_and_figures_tell_of_packets_and_never_of_tokens(door: D
     assert 'heliograph_legacy_frames_total{listener="main"} 2.0' in page
     assert 'heliograph_legacy_connections{listener="main"} 0.0' in page
     assert 'heliograph_legacy_window_seconds_count{listener="main"} 2.0' in page
+
+
+async def test_log_lines_name_what_is_wrong_with_a_frame_as_apple_names_reasons(door: Door) -> None:
+    with structlog.testing.capture_logs() as logs:
+        with await door.connect() as script:
+            await script.send(enhanced_frame(b"ab" * 32, b" " * 5121, 3, 0))
+            assert await script.error() == ErrorResponse(Status.INVALID_PAYLOAD_SIZE, 3)
+        await door.until_closed()
+    (line,) = [each for each in logs if each["event"] == "legacy_error_packet"]
+    assert line["reason"] == "InvalidPayloadSize"
 
 
 async def test_log_lines_of_a_kind_are_bounded(door: Door) -> None:

@@ -24,6 +24,7 @@ import pytest
 
 from heliograph.errors import ConfigError
 from heliograph.model import PushType
+from heliograph.net.clients import throwaway_client
 from heliograph.protocols.binary import (
     PAYLOAD,
     TOKEN,
@@ -37,7 +38,6 @@ from heliograph.protocols.binary import (
     simple_frame,
 )
 from heliograph.protocols.certificate import load
-from heliograph.simulator.client import new_client
 from heliograph.simulator.control import controlled
 from heliograph.simulator.faults import (
     Answer,
@@ -636,7 +636,7 @@ async def test_a_port_that_is_taken_is_told_and_nothing_goes_on_listening(name: 
 
 
 async def test_a_client_certificate_that_is_none_is_told() -> None:
-    pem = new_client(TOPIC, datetime.now(UTC))
+    pem = throwaway_client(TOPIC, datetime.now(UTC))
     certificate = pem[: pem.index(b"-----BEGIN RSA")]
     simulator = Simulator(legacy=Legacy(client_pem=certificate, required=True))
     with pytest.raises(ConfigError, match="no private key"):

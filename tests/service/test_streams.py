@@ -664,10 +664,11 @@ def test_client_without_a_known_certificate_is_refused_and_reads_why(
     [
         (b"\x00\x00\x20" + bytes(32) + b"\x00\x02{}", "the client does not speak TLS"),
         (b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", "the client does not speak TLS"),
+        (bytes.fromhex("15030100020250"), "the client's own TLS gave up before it began"),
         (b"", "the client hung up during the TLS handshake"),
         (b"\x16\x03", "the client hung up during the TLS handshake"),
     ],
-    ids=["frame", "HTTP", "nothing", "little"],
+    ids=["frame", "HTTP", "alert", "nothing", "little"],
 )
 def test_client_without_tls_is_refused(run: Run, said: bytes, why: str) -> None:
     async def scenario() -> None:

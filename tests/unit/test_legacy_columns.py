@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from heliograph.doors.legacy_columns import HeaderSets, append, empty_frames, is_background, pick, push_type_of
+from heliograph.doors.legacy_columns import HeaderSets, append, empty_frames, pick
 from heliograph.model import Headers, PushType
+from heliograph.protocols.apns import implied_push_type, is_background
 from heliograph.protocols.binary import Frames
 
 NOW = 1_700_000_000.0
@@ -40,7 +41,7 @@ def frames(*some: dict[str, Any]) -> Frames:
 def test_the_end_of_a_topic_says_the_push_type_unless_the_app_is_called_so(
     topic: str, push_type: PushType | None
 ) -> None:
-    assert push_type_of(topic, (TOPIC, "com.example.my.voip")) is push_type
+    assert implied_push_type(topic, (TOPIC, "com.example.my.voip")) is push_type
 
 
 @pytest.mark.parametrize(

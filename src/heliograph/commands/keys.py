@@ -95,7 +95,7 @@ def add(
     \b
     send    send notifications, see what became of one, cancel it
     read    look for notifications, see what was given up on
-    manage  change apps, credentials and keys, replay what was given up on
+    manage  change apps, credentials, keys, callers; replay what was given up on
 
     \b
     Examples:

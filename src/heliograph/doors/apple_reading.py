@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Protocol
 
-import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -26,7 +25,6 @@ from heliograph.protocols import apns
 from heliograph.protocols.http2 import Field
 
 _KINDS = {kind.encode(): kind for kind in PushType}
-_SUFFIXES = [(suffix, kind) for kind in PushType if (suffix := apns.topic_for("", kind))]
 _PRIORITIES = {b"1": 1, b"5": 5, b"10": 10}
 _SANDBOX = (b"sandbox", b"development")
 """What is in the names of Apple's hosts for development."""
@@ -125,7 +123,7 @@ class Common:
 
     def headers_for(self, expiration: bytes | None, collapse_id: bytes | None, body: bytes) -> Headers:
         """The headers of one; the same object for the same. Raises Refused."""
-        background = self.open_kind and b"content-available" in body and is_background(body)
+        background = self.open_kind and apns.is_background(body)
         key = expiration, collapse_id, background
         found = self._variants.get(key)
         if found is None:
@@ -209,7 +207,10 @@ class Reader:
             raise _no(reasons.BAD_TOPIC, "The topic is not UTF-8.") from None
         names = self._apps if access.apps is None else access.apps
         known = {name: self._apps[name] for name in names if name in self._apps}
-        kinds = (_KINDS[named],) if named is not None else (_implied(topic), PushType.ALERT)
+        if named is not None:
+            kinds: tuple[PushType, ...] = (_KINDS[named],)
+        else:
+            kinds = (apns.implied_push_type(topic) or PushType.ALERT, PushType.ALERT)
         app, kind, topic = _find(known.values(), topic, kinds)
         environment = self._environment(access, app, values.get(b":authority", values.get(b"host", b"")))
         if app.credentials_for(environment, topic) is None:
@@ -265,11 +266,6 @@ def _find(apps: Iterable[App], topic: str, kinds: Sequence[PushType]) -> tuple[A
     raise _no(reasons.TOPIC_DISALLOWED, f"The topic {topic!r} is of no app that this caller may use.")
 
 
-def _implied(topic: str) -> PushType:
-    """The push type of a request that names none: old clients leave it to the topic."""
-    return next((kind for suffix, kind in _SUFFIXES if topic.endswith(suffix)), PushType.ALERT)
-
-
 def _read_expiration(value: bytes | None) -> int | None:
     if value is None:
         return None
@@ -283,29 +279,6 @@ def _read_collapse_id(value: bytes | None) -> str | None:
         return value.decode() or None if value is not None else None
     except UnicodeDecodeError:
         raise _no(reasons.BAD_COLLAPSE_ID, "The collapse id is not UTF-8.") from None
-
-
-class _Aps(Struct):
-    content_available: int | None = msgspec.field(default=None, name="content-available")
-    alert: msgspec.Raw | None = None
-    badge: msgspec.Raw | None = None
-    sound: msgspec.Raw | None = None
-
-
-class _Payload(Struct):
-    aps: _Aps
-
-
-_decode = msgspec.json.Decoder(_Payload).decode
-
-
-def is_background(body: bytes) -> bool:
-    """Whether a payload is there to wake the app, and shows nothing."""
-    try:
-        aps = _decode(body).aps
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return False
-    return aps.content_available == 1 and aps.alert is None and aps.badge is None and aps.sound is None
 
 
 def _no(reason: reasons.Reason, detail: str) -> Refused:

@@ -24,6 +24,7 @@ from heliograph.doors.queries import choose_app
 from heliograph.errors import ConfigError, Refused
 from heliograph.keys import Caller
 from heliograph.model import App, Environment, KnownCaller, PushType, Scope, SigningKey
+from heliograph.net.identity import made_here
 from heliograph.net.tls import check_anchor
 from heliograph.protocols import apns, provider_token
 from heliograph.protocols.certificate import Particulars, particulars
@@ -195,6 +196,12 @@ def _shown_certificate(pem: str) -> _Shown:
             )
             raise Refused("BadCaller", text, field="certificate")
         leaf = callers.leaf_of(unpack(content).certificates)
+        if made_here(leaf):
+            text = (
+                "certificate is heliograph's own, by which clients know the server: send the one that the client "
+                "shows, or make one with `heliograph legacy certificate`."
+            )
+            raise Refused("BadCaller", text, field="certificate")
         facts = particulars(leaf)
         shown = leaf.public_bytes(Encoding.PEM)
         check_anchor(shown)

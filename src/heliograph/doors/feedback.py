@@ -18,6 +18,7 @@ import structlog
 from heliograph.callers import Callers
 from heliograph.config import LegacySettings
 from heliograph.doors.admittance import Admittance, Guest, NotAdmitted
+from heliograph.doors.legacy_common import advise
 from heliograph.errors import ConfigError, StoreError
 from heliograph.model import App, Lane, Listed
 from heliograph.net import streams
@@ -99,7 +100,7 @@ class Feedback:
                 host=host,
                 port=port,
                 max_connections=self.settings.max_connections,
-                refused=self.note_refused,
+                refused=lambda address, why: self.note_refused(address, why, advise(why, self.name, self.settings)),
             )
         except OSError as error:
             raise ConfigError(
@@ -133,7 +134,7 @@ class Feedback:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def note_refused(self, address: str, why: str, hint: str | None = None) -> None:
+    def note_refused(self, address: str, why: str, hint: str | None) -> None:
         """Log it, or count it where one was logged just now."""
         self._refused += 1
         now = self._loop.time()

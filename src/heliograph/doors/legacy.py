@@ -27,7 +27,7 @@ import structlog
 from heliograph.callers import Callers
 from heliograph.config import LegacySettings
 from heliograph.doors.admittance import Admittance
-from heliograph.doors.legacy_common import Common, Intake, Lines
+from heliograph.doors.legacy_common import Common, Intake, Lines, advise
 from heliograph.doors.legacy_connection import Connection
 from heliograph.doors.legacy_trail import Sent
 from heliograph.errors import ConfigError
@@ -139,7 +139,8 @@ class Gateway:
     def _on_refused(self, address: str, why: str) -> None:
         self._common.meter.refused += 1
         if self._common.lines.allow("legacy_refused"):
-            _log.warning("legacy_refused", listener=self._name, address=address, why=why)
+            hint = advise(why, self._name, self._settings)
+            _log.warning("legacy_refused", listener=self._name, address=address, why=why, hint=hint)
 
     def _sweep(self) -> None:
         """Shed those that take too long over a frame, and those that may not be here any more."""

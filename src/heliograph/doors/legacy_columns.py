@@ -8,48 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-import msgspec
-
 from heliograph.model import Headers, PushType
 from heliograph.protocols import apns
 from heliograph.protocols.binary import Frames
 
-_MDM_TOPIC = "com.apple.mgmt."
-"""Begins the topic of an MDM push certificate."""
-
 _MAX_SETS = 1024
 """Header sets that are kept. Scripts that count the expiration from now make a new one each second."""
 
-_VISIBLE = ("alert", "badge", "sound")
-
 _SOON_S = 1.0
 """What expires within it is past already once it is looked at again."""
-
-_decode = msgspec.json.Decoder().decode
-
-
-def push_type_of(topic: str, bundle_ids: Collection[str]) -> PushType | None:
-    """The push type that a topic is for by its suffix; None: for whatever the payload says."""
-    if topic.startswith(_MDM_TOPIC):
-        return PushType.MDM
-    if topic in bundle_ids:
-        return None
-    for push_type in PushType:
-        suffix = apns.topic_for("", push_type)
-        if suffix and topic.endswith(suffix):
-            return push_type
-    return None
-
-
-def is_background(payload: bytes) -> bool:
-    """Whether there is nothing in it to be shown or heard, only for the app to wake up."""
-    if b"content-available" not in payload:
-        return False
-    try:
-        aps = _decode(payload)["aps"]
-        return bool(aps["content-available"] == 1 and not any(name in aps for name in _VISIBLE))
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, LookupError, TypeError):
-        return False  # admission says what is wrong with it
 
 
 def empty_frames() -> Frames:
@@ -87,7 +54,7 @@ class HeaderSets(dict[tuple[int | None, int | None, bool], Headers]):
         """`topic` has its suffix; empty: nobody said it."""
         super().__init__()
         self._topic = topic
-        self._push_type = push_type_of(topic, bundle_ids)
+        self._push_type = apns.implied_push_type(topic, bundle_ids)
 
     def __missing__(self, key: tuple[int | None, int | None, bool]) -> Headers:
         expiration, priority, background = key
@@ -108,7 +75,7 @@ class HeaderSets(dict[tuple[int | None, int | None, bool], Headers]):
         expirations, priorities, payloads = frames.expirations, frames.priorities, frames.payloads
         soon = now + _SOON_S
         expirations = [0 if each is not None and each <= soon else each for each in expirations]
-        backgrounds = [False] * len(payloads) if self._push_type else list(map(is_background, payloads))
+        backgrounds = [False] * len(payloads) if self._push_type else list(map(apns.is_background, payloads))
         keys = list(zip(expirations, priorities, backgrounds, strict=True))
         if keys.count(keys[0]) == len(keys):
             return [self[keys[0]]]

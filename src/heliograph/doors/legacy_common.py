@@ -13,6 +13,7 @@ from heliograph.config import LegacySettings
 from heliograph.doors.admittance import Admittance
 from heliograph.doors.legacy_trail import Sent
 from heliograph.model import App
+from heliograph.net import streams
 from heliograph.relay import Relay
 from heliograph.telemetry import LegacyMeter
 
@@ -28,7 +29,39 @@ STAGGER_S = 0.005
 _LINES = 30
 """Log lines of a kind in a minute; of more there is a count."""
 
+_TRUSTS_US_NOT = ("unknown ca", "certificate unknown", "bad certificate", "certificate expired")
+"""What clients say of a certificate that they do not trust."""
+_OLD_TLS = (
+    'give old clients a listener of their own with minimum_tls = "1.0", in a network that you trust: TLS below 1.2 can '
+    "be read and changed on the way"
+)
+
 _log = structlog.get_logger("heliograph.legacy")
+
+
+def advise(why: str, name: str, settings: LegacySettings) -> str | None:
+    """What to do about a client that `[legacy.NAME]` did not let in, by what `streams.Refuse` was told."""
+    trust = f"give the client doors-ca.pem of the data folder to trust, or set certificate in [legacy.{name}]"
+    if why.startswith(streams.NO_CERTIFICATE):
+        return f"give the client one (heliograph legacy certificate), or set app or names in [legacy.{name}]"
+    if why.startswith(streams.NOT_REGISTERED):
+        register = "register it (heliograph callers add), or give the client one that is"
+        if settings.app or settings.names:
+            return f"{register}, or have it show none: what is shown must be registered, in spite of app or names"
+        return register
+    if why.startswith(streams.TOO_WEAK):
+        return f"give the client a new one (heliograph legacy certificate), or {_OLD_TLS}"
+    if why.startswith(streams.TOO_OLD):
+        return _OLD_TLS
+    if why.startswith(streams.OWN_TLS_REFUSED):
+        return "the client's machine allows no TLS version that the client knows: see its OPENSSL_CONF, or renew it"
+    if why.startswith(streams.NO_TLS):
+        return "have the client connect with TLS, as it did to Apple"
+    if why.startswith(streams.HUNG_UP):
+        return f"if it comes again, the client may not trust our certificate: {trust}"
+    if why.startswith(streams.CLIENT_REFUSED) and why.endswith(_TRUSTS_US_NOT):
+        return f"the client does not trust our certificate: {trust}"
+    return None
 
 
 class Intake:

@@ -143,7 +143,7 @@ class Connection:
         elif frames or self._unfinished_since is None:
             self._unfinished_since = now
         if error is not None:
-            self._say_last(_Answer(error.status, error.identifier, Status(error.status).name))
+            self._say_last(_Answer(error.status, error.identifier, _word(error.status)))
         elif frames:
             self._wake()
 
@@ -565,6 +565,11 @@ def _big_endian(identifiers: Sequence[int]) -> bytes:
 
 
 _LITTLE = array("I", (1,)).tobytes()[0] == 1
+
+
+def _word(status: int) -> str:
+    """Of a `Status`, in the form of Apple's reasons: InvalidPayloadSize."""
+    return Status(status).name.title().replace("_", "")
 
 
 def _status_at_once(reason: str) -> int:

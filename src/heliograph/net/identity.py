@@ -31,6 +31,7 @@ AUTHORITY_KEY = "doors-ca-key.pem"
 SERVER = "doors.pem"
 """The same folder: the server's certificate with its private key."""
 _LOCK = "doors.lock"
+_AUTHORITY_NAME = "heliograph CA"
 
 _OURS = ("localhost", "127.0.0.1", "::1")
 _APPLES = (
@@ -48,6 +49,7 @@ _NEAR_END = datetime.timedelta(days=60)
 """A certificate with less left is made anew."""
 _AUTHORITY_LIFETIME = datetime.timedelta(days=7300)
 
+_is_ours = re.compile(rf"{_AUTHORITY_NAME} [0-9a-f]{{8}}").fullmatch
 _is_dns_name = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63})*").fullmatch
 
 
@@ -76,6 +78,13 @@ def server_identity(
         ) from None
 
 
+def made_here(certificate: x509.Certificate) -> bool:
+    """Whether it is an authority as `server_identity` makes them, or signed by one: nothing that a client shows."""
+    from cryptography.x509.oid import NameOID
+
+    return any(_is_ours(str(name.value)) for name in certificate.issuer.get_attributes_for_oid(NameOID.COMMON_NAME))
+
+
 def _configured(certificate: str, certificate_key: str | None) -> tuple[bytes, bytes]:
     alone = certificate_key is None
     chain = read_file(secret_path(certificate, "certificate"), "certificate", secret=alone)
@@ -94,7 +103,7 @@ def _made(data: Path, now: datetime.datetime) -> tuple[bytes, bytes]:
     if authority is None or authority_key is None or authority.not_valid_after_utc < now + LIFETIME:
         authority_key = _new_key()
         # A client that has an older one of the same name would look no further.
-        name = f"heliograph CA {os.urandom(4).hex()}"
+        name = f"{_AUTHORITY_NAME} {os.urandom(4).hex()}"
         authority = make_authority(name, authority_key, now, _AUTHORITY_LIFETIME)
         _write(data / AUTHORITY_KEY, _pem(authority) + _key_pem(authority_key))
     if _content(data / AUTHORITY) != _pem(authority):

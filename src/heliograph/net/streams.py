@@ -38,6 +38,16 @@ _KEEPALIVE = (("TCP_KEEPIDLE", 120), ("TCP_KEEPINTVL", 30), ("TCP_KEEPCNT", 4))
 _WEAK = (66, 67, 68)
 """X509_V_ERR_EE_KEY_TOO_SMALL, _CA_KEY_TOO_SMALL and _CA_MD_TOO_WEAK (OpenSSL, x509_vfy.h)."""
 
+NO_CERTIFICATE = "the client showed no certificate"
+NOT_REGISTERED = "the client's certificate is not registered"
+TOO_WEAK = "what the client showed with its certificate is too weak for TLS 1.2 and later"
+TOO_OLD = "the client's TLS version is too old"
+CLIENT_REFUSED = "the client refused: it says"
+OWN_TLS_REFUSED = "the client's own TLS gave up before it began"
+NO_TLS = "the client does not speak TLS"
+HUNG_UP = "the client hung up during the TLS handshake"
+"""What `Refuse` is told begins so, where the handshake failed for what the client is or does."""
+
 Refuse = Callable[[str, str], None]
 
 
@@ -274,7 +284,7 @@ class Stream(asyncio.BufferedProtocol):
         user, self._user = self._user, None
         error = self._error or (None if self._deaf else exc)
         if user is None and not self._deaf:
-            self._listener.refused(self.address, "the client hung up during the TLS handshake")
+            self._listener.refused(self.address, HUNG_UP)
         # The user may keep this: no rings for the garbage collector, and no TLS state.
         for name in ("_tls", "_incoming", "_outgoing"):
             with contextlib.suppress(AttributeError):
@@ -521,17 +531,19 @@ def _note_name(tls: ssl.SSLObject | ssl.SSLSocket, name: str | None, _: ssl.SSLS
 def _why(error: ssl.SSLError, first: bytes) -> str:
     """Why a handshake failed, for whoever looks after the client."""
     reason = error.reason or ""
+    if first == b"\x15":  # an alert, where its ClientHello should be
+        return OWN_TLS_REFUSED
     if first not in (b"\x16", b"\x80"):
-        return "the client does not speak TLS"
+        return NO_TLS
     if reason == "PEER_DID_NOT_RETURN_A_CERTIFICATE":
-        return "the client showed no certificate"
+        return NO_CERTIFICATE
     if isinstance(error, ssl.SSLCertVerificationError):
         said = error.verify_message
         if error.verify_code in _WEAK:
-            return f"what the client showed with its certificate is too weak for TLS 1.2 and later ({said})"
-        return f"the client's certificate is not registered ({said})"
+            return f"{TOO_WEAK} ({said})"
+        return f"{NOT_REGISTERED} ({said})"
     if reason in ("UNSUPPORTED_PROTOCOL", "VERSION_TOO_LOW"):
-        return "the client's TLS version is too old"
+        return TOO_OLD
     if "ALERT" in reason:
-        return f"the client refused: it says {reason.partition('ALERT_')[2].replace('_', ' ').lower()}"
+        return f"{CLIENT_REFUSED} {reason.partition('ALERT_')[2].replace('_', ' ').lower()}"
     return f"the TLS handshake failed: {reason.replace('_', ' ').lower() or 'for no known reason'}"

@@ -40,6 +40,9 @@ _SUFFIXES = {
     PushType.CONTROLS: ".push-type.controls",
 }
 
+_MDM_TOPIC = "com.apple.mgmt."
+"""How the topics of device management begin, which have no suffix."""
+
 # RFC 9113, section 8.2.1: no control characters in a field value, no blank at its ends.
 _UNFIT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]|^ | $")
 
@@ -53,6 +56,43 @@ def allowed_topic(topic: str, push_type: PushType, bundle_ids: Collection[str]) 
     """Whether `topic` is one of the bundle ids with exactly the suffix that the push type needs."""
     suffix = _SUFFIXES.get(push_type, "")
     return topic.endswith(suffix) and topic.removesuffix(suffix) in bundle_ids
+
+
+def implied_push_type(topic: str, bundle_ids: Collection[str] = ()) -> PushType | None:
+    """The push type of what was sent before there were any, by its topic; None: for whatever the payload says."""
+    if topic.startswith(_MDM_TOPIC):
+        return PushType.MDM
+    if topic in bundle_ids:
+        return None
+    return next((push_type for push_type, suffix in _SUFFIXES.items() if topic.endswith(suffix)), None)
+
+
+def is_background(payload: bytes) -> bool:
+    """Whether there is nothing in it to be shown or heard, only for the app to wake up.
+
+    Where it cannot be read there is not: whoever checks payloads says what is wrong with it.
+    """
+    if b"content-available" not in payload:
+        return False
+    try:
+        aps = _decode_payload(payload).aps
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return False
+    return aps.content_available == 1 and aps.alert is None and aps.badge is None and aps.sound is None
+
+
+class _Aps(Struct):
+    content_available: Any = msgspec.field(default=None, name="content-available")
+    alert: Any = None
+    badge: Any = None
+    sound: Any = None
+
+
+class _Payload(Struct):
+    aps: _Aps
+
+
+_decode_payload = msgspec.json.Decoder(_Payload).decode
 
 
 def default_priority(push_type: PushType) -> int:

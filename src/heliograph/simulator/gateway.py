@@ -19,7 +19,6 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import msgspec
 from msgspec import Struct
 
 from heliograph import reasons
@@ -314,7 +313,7 @@ def as_fields(topic: bytes, token: bytes, payload: bytes, expiration: int | None
         fields.append((b"apns-expiration", b"%d" % expiration))
     if priority is not None:
         fields.append((b"apns-priority", b"%d" % priority))
-    if b"content-available" in payload and _is_background(payload):
+    if apns.is_background(payload):
         fields.append((b"apns-push-type", b"background"))
     return fields
 
@@ -329,25 +328,3 @@ def status_for(verdict: Verdict) -> int | None:
 
 def _token_of(request: Request) -> bytes:
     return request.fields[1][1][len(apns.PATH_PREFIX) :]
-
-
-class _Aps(Struct):
-    alert: object = None
-    badge: object = None
-    sound: object = None
-    content_available: object = msgspec.field(default=None, name="content-available")
-
-
-class _Payload(Struct):
-    aps: _Aps
-
-
-_read = msgspec.json.Decoder(_Payload).decode
-
-
-def _is_background(payload: bytes) -> bool:
-    try:
-        aps = _read(payload).aps
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return False
-    return aps.content_available == 1 and aps.alert is aps.badge is aps.sound is None
