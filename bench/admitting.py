@@ -17,7 +17,7 @@ import msgspec
 
 from bench.pki import KEY_ID, TEAM_ID, TOPIC
 from heliograph.carriers.apns import ApnsCarrier
-from heliograph.doors.legacy_columns import HeaderSets
+from heliograph.doors.legacy.columns import HeaderSets
 from heliograph.model import Access, App, DeviceToken, Environment, Origin, Removal, SigningKey
 from heliograph.protocols.binary import FrameReader, Frames, enhanced_frame
 from heliograph.relay import Relay

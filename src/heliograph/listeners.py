@@ -16,8 +16,7 @@ import structlog
 from heliograph.callers import Callers
 from heliograph.config import Config
 from heliograph.doors.apple import AppleProxy
-from heliograph.doors.feedback import Feedback, Turns
-from heliograph.doors.legacy import Gateway
+from heliograph.doors.legacy import Feedback, Gateway, Turns
 from heliograph.keys import Keyring
 from heliograph.model import App
 from heliograph.net.identity import server_identity

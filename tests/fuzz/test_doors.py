@@ -32,7 +32,7 @@ import pytest
 from msgspec import Struct
 
 from heliograph import admission, reasons
-from heliograph.doors.legacy_columns import HeaderSets
+from heliograph.doors.legacy.columns import HeaderSets
 from heliograph.model import Access, App, Environment
 from heliograph.protocols.binary import (
     ErrorResponse,

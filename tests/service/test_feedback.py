@@ -19,8 +19,8 @@ import structlog
 
 from heliograph.callers import Callers, certificate_id
 from heliograph.config import LegacySettings
-from heliograph.doors import feedback
-from heliograph.doors.feedback import Feedback, Turns
+from heliograph.doors.legacy import feedback
+from heliograph.doors.legacy.feedback import Feedback, Turns
 from heliograph.errors import ConfigError, StoreError
 from heliograph.model import Access, App, DeviceToken, Environment, KnownCaller, Removal, SigningKey
 from heliograph.net import streams

@@ -30,9 +30,10 @@ from cryptography.hazmat.primitives.serialization import (
 
 from heliograph.callers import Callers, certificate_id
 from heliograph.config import LegacySettings
-from heliograph.doors import legacy, legacy_connection
 from heliograph.doors.legacy import Gateway
-from heliograph.doors.legacy_common import advise
+from heliograph.doors.legacy import connection as connection_module
+from heliograph.doors.legacy import gateway as gateway_module
+from heliograph.doors.legacy.common import advise
 from heliograph.doors.receipts import meaning
 from heliograph.errors import ConfigError, Overloaded, StoreError
 from heliograph.model import Access, App, Environment, Filter, KnownCaller, PushType, Receipt, State
@@ -800,7 +801,7 @@ async def test_where_the_store_fails_to_cancel_nothing_is_lost_and_nothing_sent_
 async def test_what_is_still_on_the_wire_when_its_client_is_told_is_known_again_once_apple_took_it(
     door: Door, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(legacy_connection, "IN_FLIGHT_S", 0.1)
+    monkeypatch.setattr(connection_module, "IN_FLIGHT_S", 0.1)
     door.apple.rejects(token(1), "BadDeviceToken")
     door.apple.misbehaves(Delay(1.0), token=token(2))
     door.apple.misbehaves(Delay(1.0, then=Answer(503, "ServiceUnavailable")), token=token(3), times=1)
@@ -1072,7 +1073,7 @@ async def test_a_stop_waits_for_what_is_being_stored_and_names_that(
 async def test_a_stop_does_not_wait_for_ever_and_names_nothing_that_may_be_lost(
     door: Door, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(legacy, "STOP_S", 0.2)
+    monkeypatch.setattr(gateway_module, "STOP_S", 0.2)
     with await door.connect() as script:
         await script.send(frames(range(1, 31)))
         await door.taken(30)
@@ -1087,7 +1088,7 @@ async def test_a_stop_does_not_wait_for_ever_and_names_nothing_that_may_be_lost(
 async def test_a_stop_names_the_bad_frame_where_what_is_behind_it_is_being_cancelled(
     door: Door, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(legacy, "STOP_S", 0.2)
+    monkeypatch.setattr(gateway_module, "STOP_S", 0.2)
     cancel = Held(monkeypatch, door.house.relay, "cancel")
     door.apple.rejects(token(2), "BadDeviceToken")
     with await door.connect() as script:
@@ -1157,7 +1158,7 @@ async def test_a_client_that_does_not_finish_a_frame_is_shed_and_an_idle_one_is_
         await slow.send(frame(1), frame(2)[:30])
         await idle.send(frame(3))
         await door.taken(2)
-        monkeypatch.setattr(legacy_connection, "UNFINISHED_S", 0.0)
+        monkeypatch.setattr(connection_module, "UNFINISHED_S", 0.0)
         door.gateway._sweep()
         assert await slow.error() == ErrorResponse(Status.SHUTDOWN, 1)
         await idle.send(frame(4))
@@ -1169,7 +1170,7 @@ async def test_a_client_that_does_not_finish_a_frame_is_shed_and_an_idle_one_is_
 async def test_connections_that_ended_in_whatever_way_leave_nothing_behind(
     door: Door, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(legacy_connection, "ENDED_S", 0.2)
+    monkeypatch.setattr(connection_module, "ENDED_S", 0.2)
     door.apple.rejects(token(3), "BadDeviceToken")
     door.apple.rejects(token(4), "TooManyRequests")  # it is tried for hours
 

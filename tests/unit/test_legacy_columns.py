@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from heliograph.doors.legacy_columns import HeaderSets, append, empty_frames, pick
+from heliograph.doors.legacy.columns import HeaderSets, append, empty_frames, pick
 from heliograph.model import Headers, PushType
 from heliograph.protocols.apns import implied_push_type, is_background
 from heliograph.protocols.binary import Frames

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from heliograph.doors.legacy_trail import KEEP_S, Place, Sent, Stretch, Trail, marks
+from heliograph.doors.legacy.trail import KEEP_S, Place, Sent, Stretch, Trail, marks
 from heliograph.model import Environment
 from heliograph.protocols.binary import Frames
 

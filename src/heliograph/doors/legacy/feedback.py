@@ -17,8 +17,8 @@ import structlog
 
 from heliograph.callers import Callers
 from heliograph.config import LegacySettings
-from heliograph.doors.admittance import Admittance, Guest, NotAdmitted
-from heliograph.doors.legacy_common import advise
+from heliograph.doors.legacy.admittance import Admittance, Guest, NotAdmitted
+from heliograph.doors.legacy.common import advise
 from heliograph.errors import ConfigError, StoreError
 from heliograph.model import App, Lane, Listed
 from heliograph.net import streams

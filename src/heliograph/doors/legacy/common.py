@@ -10,15 +10,15 @@ import structlog
 from msgspec import Struct
 
 from heliograph.config import LegacySettings
-from heliograph.doors.admittance import Admittance
-from heliograph.doors.legacy_trail import Sent
+from heliograph.doors.legacy.admittance import Admittance
+from heliograph.doors.legacy.trail import Sent
 from heliograph.model import App
 from heliograph.net import streams
 from heliograph.relay import Relay
 from heliograph.telemetry import LegacyMeter
 
 if TYPE_CHECKING:
-    from heliograph.doors.legacy_connection import Connection
+    from heliograph.doors.legacy.connection import Connection
 
 MOST_OCTETS = 256 * 1024
 """Of all connections together that were read and are not stored: four reads from a socket. With more, none that

@@ -31,7 +31,7 @@ from msgspec.structs import replace
 from heliograph import reasons
 from heliograph.callers import Callers
 from heliograph.config import AppleProxySettings, TlsVersion
-from heliograph.doors.apple_reading import Common, Reader, check_path
+from heliograph.doors.apple.reading import Common, Reader, check_path
 from heliograph.doors.receipts import PLACES
 from heliograph.errors import ConfigError, Overloaded, Refused, StoreError
 from heliograph.keys import Keyring

@@ -26,10 +26,10 @@ import structlog
 
 from heliograph.callers import Callers
 from heliograph.config import LegacySettings
-from heliograph.doors.admittance import Admittance
-from heliograph.doors.legacy_common import Common, Intake, Lines, advise
-from heliograph.doors.legacy_connection import Connection
-from heliograph.doors.legacy_trail import Sent
+from heliograph.doors.legacy.admittance import Admittance
+from heliograph.doors.legacy.common import Common, Intake, Lines, advise
+from heliograph.doors.legacy.connection import Connection
+from heliograph.doors.legacy.trail import Sent
 from heliograph.errors import ConfigError
 from heliograph.model import App
 from heliograph.net.streams import Stream, StreamListener, listen

@@ -11,10 +11,10 @@ import structlog
 from msgspec import Struct
 
 from heliograph import reasons
-from heliograph.doors.admittance import Guest, NotAdmitted
-from heliograph.doors.legacy_columns import HeaderSets, append, empty_frames, pick
-from heliograph.doors.legacy_common import Common
-from heliograph.doors.legacy_trail import Entry, Stretch, Trail, Whose, marks
+from heliograph.doors.legacy.admittance import Guest, NotAdmitted
+from heliograph.doors.legacy.columns import HeaderSets, append, empty_frames, pick
+from heliograph.doors.legacy.common import Common
+from heliograph.doors.legacy.trail import Entry, Stretch, Trail, Whose, marks
 from heliograph.doors.receipts import SENT_BEFORE
 from heliograph.errors import Overloaded, StoreError
 from heliograph.model import MAX_BATCH, App, Batch, Origin, Receipt, State
