@@ -73,7 +73,9 @@ class Listeners:
         config, turns = self._config, Turns()
         data = Path(config.data)
         for name, legacy in config.legacy.items():
-            identity = await asyncio.to_thread(server_identity, data, legacy.certificate, legacy.certificate_key)
+            identity = await asyncio.to_thread(
+                server_identity, data, legacy.certificate, legacy.certificate_key, table=f"legacy.{name}"
+            )
             gateway = Gateway(
                 name,
                 legacy,
@@ -96,7 +98,9 @@ class Listeners:
             await self._open(gateway, legacy.host, "legacy", name, "port")
             await self._open(feedback, legacy.host, "legacy", name, "feedback_port")
         for name, settings in config.apple_proxy.items():
-            identity = await asyncio.to_thread(server_identity, data, settings.certificate, settings.certificate_key)
+            identity = await asyncio.to_thread(
+                server_identity, data, settings.certificate, settings.certificate_key, table=f"apple_proxy.{name}"
+            )
             proxy = AppleProxy(
                 name,
                 settings,

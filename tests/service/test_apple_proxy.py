@@ -14,6 +14,7 @@ from uuid import uuid4
 
 import httpx
 import pytest
+import structlog
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
@@ -392,6 +393,41 @@ async def test_what_is_neither_key_nor_provider_token_is_called_that_in_the_log(
     assert told == ["What was shown is neither an API key that is known here nor a provider token."]
 
 
+async def test_each_kind_of_refusal_is_told_of_and_only_many_are_summed_up(place: Place) -> None:
+    key, shown = await place.keyring.make("a script", [Scope.SEND], ["shop"])
+    with structlog.testing.capture_logs() as lines:
+        async with place.proxy() as proxy, proxy.client() as client:
+            for number in range(40):
+                await proxy.push(bearer=shown, topic=f"other.{number}", client=client)
+            for _ in range(12):
+                await proxy.push(bearer="mistyped", client=client)
+                await proxy.push(bearer=None, client=client)
+    told = [(each["reason"], each["count"], each["why"]) for each in lines if each["event"] == "proxy_refused"]
+    topics = [each for each in told if each[0] == "TopicDisallowed"]
+    assert topics[0][2].endswith(
+        f"The topic 'other.0' is of no app that this caller may use. It came from the API key {key.id}."
+    )
+    assert sum(each[1] for each in topics) == 40
+    assert len(topics) == 31
+    for word in ("InvalidProviderToken", "MissingProviderToken"):
+        assert [each[1] for each in told if each[0] == word] == [*[1] * 10, 2]
+
+
+async def test_client_that_speaks_no_http2_is_told_of_once_a_minute(place: Place) -> None:
+    with structlog.testing.capture_logs() as lines:
+        async with place.proxy(tls=False) as proxy:
+            for octets in (b"POST /3/device/ab HTTP/1.1\r\n\r\n", bytes(40)):
+                reader, writer = await asyncio.open_connection("127.0.0.1", proxy.door.port)
+                writer.write(octets)
+                async with asyncio.timeout(PATIENCE_S):
+                    await reader.read()
+                writer.close()
+                await writer.wait_closed()
+    told = [each for each in lines if each["event"] == "proxy_refused"]
+    assert [(each["reason"], each["listener"], each["count"]) for each in told] == [("NotHttp2", "main", 1)] * 2
+    assert "use HTTP/2 (curl --http2" in told[0]["why"]
+
+
 async def test_api_key_ends_on_its_day(place: Place) -> None:
     _, shown = await place.keyring.make("a script", [Scope.SEND], None, place.clock() + 60)
     async with place.proxy() as proxy, proxy.client() as client:
@@ -513,6 +549,10 @@ async def test_push_type_that_is_not_named_is_told_by_the_payload(place: Place) 
         ({}, {"path": "/3/devices/x", "bearer": None}, (404, "BadPath")),
         ({}, {"path": f"/4/broadcasts/apps/{TOPIC}"}, (404, "BadPath")),
         ({}, {"path": f"/1/apps/{TOPIC}/channels"}, (404, "BadPath")),
+        ({}, {"method": "GET", "payload": b"", "path": f"/1/apps/{TOPIC}/all-channels"}, (404, "BadPath")),
+        ({}, {"method": "DELETE", "payload": b"", "path": f"/1/apps/{TOPIC}/channels"}, (404, "BadPath")),
+        ({}, {"method": "PUT", "path": f"/4/broadcasts/apps/{TOPIC}"}, (404, "BadPath")),
+        ({}, {"method": "GET", "payload": b""}, (405, "MethodNotAllowed")),
         ({}, {"device": ""}, (400, "MissingDeviceToken")),
         ({}, {"device": "xyz"}, (400, "BadDeviceToken")),
         ({}, {"device": "abc"}, (400, "BadDeviceToken")),
@@ -592,7 +632,7 @@ async def test_what_became_of_it_is_on_record_under_our_id_and_under_the_callers
     assert (receipt.state, receipt.app, receipt.token, receipt.collapse_id) == (State.ACCEPTED, "shop", token(1), "x")
     receipt = await place.receipt(OWN)
     assert (receipt.state, receipt.status, receipt.reason) == (State.REJECTED, 410, "Unregistered")
-    assert (receipt.since, receipt.apns_id) == (1_700_000_000_000, OWN)
+    assert (receipt.since, receipt.apns_id, receipt.connection) == (1_700_000_000_000, OWN, "apple_proxy.main")
     assert [each.removal.token for each in await place.store.find_removals("shop", None, 0, 10)] == [token(2)]
 
 
@@ -659,6 +699,7 @@ async def test_durable_app_is_answered_as_soon_as_it_is_safe(place: Place) -> No
         assert answers[0].headers["apns-id"] == OWN
         receipt = await place.receipt(answers[1].headers["apns-id"])
         assert (receipt.state, receipt.collapse_id) == (State.ACCEPTED, receipt.id)
+        assert receipt.connection == "apple_proxy.main.durable"
         (first,) = await place.relay.receipts([OWN])
         assert first is not None
         assert (first.state, first.apns_id, first.expiration) == (State.QUEUED, OWN, 0)

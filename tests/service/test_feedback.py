@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import ssl
 import struct
@@ -283,19 +284,25 @@ async def test_reader_that_ends_its_side_first_is_told_all_and_again(tmp_path: P
             await door.over()
 
 
-async def test_what_a_reader_writes_is_thrown_away(tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [0, 1, 5000])
+async def test_who_sends_is_told_of_the_gateway_and_is_told_the_list_again(tmp_path: Path, count: int) -> None:
     async with open_door(tmp_path) as door:
-        await door.remove(*range(5000))
-        script = await door.connect()
+        if count:
+            await door.remove(*range(count))
+        with structlog.testing.capture_logs() as lines:
+            script = await door.connect()
 
-        def write_then_read() -> Tuples:
-            script.socket.sendall(b"\x01nonsense" * 100_000)
-            return script.read()
+            def write_then_read() -> None:
+                with contextlib.suppress(OSError):
+                    script.socket.sendall(b"\x01nonsense" * 10_000)
+                    script.read()
 
-        assert await asyncio.to_thread(write_then_read) == told(*range(5000))
-        script.close()
-        await door.over()
-        assert await door.read() == []
+            await asyncio.to_thread(write_then_read)
+            script.close()
+            await door.over()
+        (line,) = [each for each in lines if each["event"] == "feedback_not_read"]
+        assert line["why"] == f"it sends: notifications go to the gateway, port {door.service.settings.port}"
+        assert await door.read() == told(*range(count))
 
 
 async def test_readers_of_the_same_take_turns_and_tell_each_once(tmp_path: Path) -> None:

@@ -903,8 +903,8 @@ async def test_frames_of_a_client_without_a_certificate_are_not_read(door: Door)
 
 @pytest.mark.parametrize(
     "said, hint",
-    [(b"", "doors-ca.pem"), (bytes.fromhex("15030100020250"), "OPENSSL_CONF"), (b"GET /", "with TLS")],
-    ids=["nothing", "alert", "HTTP"],
+    [(b"\x16\x03\x01", "doors-ca.pem"), (bytes.fromhex("15030100020250"), "OPENSSL_CONF"), (b"GET /", "with TLS")],
+    ids=["a beginning", "alert", "HTTP"],
 )
 async def test_a_client_that_comes_without_a_handshake_is_logged_with_what_to_do(
     door: Door, said: bytes, hint: str
@@ -927,7 +927,6 @@ async def test_a_client_that_comes_without_a_handshake_is_logged_with_what_to_do
         (f"{streams.CLIENT_REFUSED} unknown ca", "doors-ca.pem"),
         (f"{streams.CLIENT_REFUSED} certificate unknown", "certificate in [legacy.old]"),
         (streams.TOO_OLD, 'minimum_tls = "1.0", in a network that you trust'),
-        (f"{streams.TOO_WEAK} (EE certificate key too weak)", "minimum_tls"),
     ],
 )
 def test_what_to_do_about_a_handshake_that_failed(why: str, hint: str) -> None:
@@ -950,8 +949,55 @@ async def test_a_server_name_chooses_the_app(house: House, tmp_path: Path) -> No
         with structlog.testing.capture_logs() as logs, await door.connect(None, "other.example.org") as script:
             assert await script.error() is None
         (line,) = [each for each in logs if each["event"] == "legacy_refused"]
-        assert "shows no certificate" in line["why"]
+        assert line["why"] == "it shows no certificate, and asks for the server name other.example.org"
         assert "[legacy.main]" in line["hint"]
+        with structlog.testing.capture_logs() as logs, await door.connect(None, "127.0.0.1") as script:
+            assert await script.error() is None
+        (line,) = [each for each in logs if each["event"] == "legacy_refused"]
+        assert line["why"] == "it shows no certificate, and names no server (SNI)"
+
+
+async def test_a_certificate_of_an_app_that_is_gone_is_told_as_that(house: House, tmp_path: Path) -> None:
+    async with open_door(house, tmp_path) as door:
+        del house.relay._apps[APP]  # type: ignore[attr-defined]
+        with structlog.testing.capture_logs() as logs:
+            await refused(door, "script")
+        (line,) = [each for each in logs if each["event"] == "legacy_refused"]
+        assert line["why"] == f"its certificate is that of the app {APP}, which is gone"
+        assert "add the app again" in line["hint"]
+
+
+async def test_a_refusal_without_advice_has_no_hint(door: Door) -> None:
+    with structlog.testing.capture_logs() as logs:
+        door.gateway._on_refused("192.0.2.1", "there are 2 connections already")
+    assert "hint" not in logs[0]
+
+
+@pytest.mark.parametrize(
+    "host, words",
+    [
+        ("127.0.0.1", "(Address already in use): stop whatever is there, or set another port in [legacy.second]"),
+        ("192.0.2.1", "(Cannot assign requested address): host in [legacy.second] is no address of this machine"),
+        ("nosuch.invalid", "): host in [legacy.second] is no address of this machine: write 127.0.0.1, 0.0.0.0 or"),
+    ],
+)
+async def test_an_address_that_cannot_be_had_is_told_with_what_to_do(door: Door, host: str, words: str) -> None:
+    port, common = door.gateway.port, door.gateway._common
+    second = Gateway(
+        "second",
+        LegacySettings(host=host, port=port),
+        relay=common.relay,
+        apps=common.apps,
+        callers=door.callers,
+        identity=common.admittance._identity,
+        telemetry=door.telemetry,
+        clock=common.clock,
+    )
+    with pytest.raises(ConfigError) as told:
+        await second.start()
+    assert str(told.value).startswith(f"legacy.second cannot listen on {host}:{port} (")
+    assert words in str(told.value)
+    assert "error while" not in str(told.value)
 
 
 async def test_an_app_with_both_environments_needs_one_of_them_said(house: House, tmp_path: Path) -> None:
@@ -1261,7 +1307,7 @@ async def test_log_lines_name_what_is_wrong_with_a_frame_as_apple_names_reasons(
             assert await script.error() == ErrorResponse(Status.INVALID_PAYLOAD_SIZE, 3)
         await door.until_closed()
     (line,) = [each for each in logs if each["event"] == "legacy_error_packet"]
-    assert line["reason"] == "InvalidPayloadSize"
+    assert (line["reason"], line["max_payload"], line["max_item_payload"]) == ("InvalidPayloadSize", 5120, 5120)
 
 
 async def test_log_lines_of_a_kind_are_bounded(door: Door) -> None:
@@ -1274,6 +1320,7 @@ async def test_log_lines_of_a_kind_are_bounded(door: Door) -> None:
     assert sum(each["event"] == "legacy_error_packet" for each in logs) == 30
     (rest,) = [each for each in logs if each["event"] == "legacy_more"]
     assert (rest["kind"], rest["count"]) == ("legacy_error_packet", 20)
+    assert rest["last"] == [each for each in logs if each["event"] == "legacy_closed"][-1]["connection"]
 
 
 async def test_what_apple_says_after_the_script_is_gone_is_in_the_receipt_alone(door: Door) -> None:

@@ -34,7 +34,7 @@ OWN_ID = "0e3f1a52-7c40-4a53-9b0f-7d0a5ac5ffff"
 """Whose last digits are no place in a batch of ours."""
 
 DEAD, UNKNOWN, REVIVED, FORMER, ALIVE = (f"{number:064x}" for number in (0xDEAD, 0xBAD, 0xACE, 0xF00, 0xA11CE))
-LONG_DEAD = f"{0xDEAD0:064x}"
+LONG_DEAD, BY_PROXY = f"{0xDEAD0:064x}", f"{0xBEEF:064x}"
 
 
 def batch(number: int, tokens: Sequence[str], app: str = "demo", connection: str = "", first: int = 0) -> Batch:
@@ -80,7 +80,11 @@ class Kept:
         [ALIVE.encode()],
         PAYLOAD,
         apns_ids={0: OWN_ID},
+        origin=Origin("apple_proxy.main"),
     )
+    failed = batch(13, [BY_PROXY] * 7, connection="apple_proxy.main")
+    durable = batch(14, [BY_PROXY] * 2, connection="apple_proxy.main.durable")
+    short = batch(15, ["ab"])
     unknown = Detail(0, "BadDeviceToken", 400)
     gone = Detail(0, "Unregistered", 410, since=1_795_176_000_000)
 
@@ -109,6 +113,19 @@ class Kept:
                 *(Detail(index, "TooLate", attempts=0) for index in (0, 2, 3)),
             ),
             ended(cls.proxied, [State.ACCEPTED]),
+            ended(
+                cls.failed,
+                [*[State.REJECTED] * 4, State.CANCELLED, State.UNKNOWN, State.REJECTED],
+                Detail(0, "TooManyRequests", 429),
+                Detail(1, "InternalServerError", 500),
+                Detail(2, "InvalidProviderToken", 403),
+                Detail(3, "BadTopic", 400),
+                Detail(4, "NotProcessed", why="Apple could not be reached"),
+                Detail(5, "NoAnswer"),
+                Detail(6, "Shutdown", 503),
+            ),
+            ended(cls.durable, [State.CANCELLED, State.UNKNOWN], Detail(0, attempts=0), Detail(1, "NoAnswer")),
+            ended(cls.short, [State.ACCEPTED]),
         ]
         dead = DEAD, LONG_DEAD
         removals = [Removal("demo", Environment.PRODUCTION, DeviceToken(each), 1_795_176_000) for each in dead]
@@ -128,7 +145,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dic
         yield folder, found
 
 
-FREE = ("{", "device token", "01a1")
+FREE = ("{", "device token", "01a")
 """How lines begin that may be long: JSON, and those with a device token or an id."""
 
 
@@ -233,13 +250,58 @@ def test_the_apns_id_of_its_sender_finds_a_notification(shared: tuple[Path, dict
         done = ask(shared, "why", each)
         assert done.returncode == 0
         assert done.stdout.startswith(f"{Kept.proxied.id}0001  accepted\n")
-        assert f"over HTTP. Its sender gave it the apns-id {OWN_ID}." in flat(done.stdout)
+        way = f"by the Apple-shaped proxy main. Its sender gave it the apns-id {OWN_ID}."
+        assert way in flat(done.stdout)
+
+
+@pytest.mark.parametrize(
+    "place, words",
+    [
+        (1, "Its sender was given Apple's answer, 429 TooManyRequests, and decides whether to send it again: nothing"),
+        (2, "Its sender was given Apple's answer, 500 InternalServerError, and decides"),
+        (3, "Apple answered 403 InvalidProviderToken, which is not its sender's fault: that one was answered 503"),
+        (4, "Apple said no for good."),
+        (5, "did not act on it (Apple could not be reached). Its sender was answered 503 ServiceUnavailable, and deci"),
+        (6, "Its sender was answered 500 InternalServerError, and decides whether to send it again"),
+        (7, "Apple answered 503 Shutdown, which is not its sender's fault: that one was answered 503 ServiceUnavail"),
+    ],
+)
+def test_of_what_the_proxy_carried_is_told_what_its_sender_was_answered(
+    shared: tuple[Path, dict[str, str]], place: int, words: str
+) -> None:
+    done = ask(shared, "why", f"{Kept.failed.id}000{place}")
+    assert done.returncode == 1
+    said = flat(done.stdout)
+    assert "by the Apple-shaped proxy main." in said
+    assert words in said
+    for wrong in (
+        "it is sent again",
+        "as was asked for",
+        "error packet",
+        "It was cancelled before",
+        "and cancelled on",
+    ):
+        assert wrong not in said
+
+
+def test_of_what_the_proxy_gave_to_the_queue_is_told_what_the_queue_did(shared: tuple[Path, dict[str, str]]) -> None:
+    said = flat(ask(shared, "why", f"{Kept.durable.id}0001").stdout)
+    assert "by the Apple-shaped proxy main." in said
+    assert "send it anew if it should be sent after all. It was never sent, and cancelled on" in said
+    assert "It is not sent again, as was asked for" in flat(ask(shared, "why", f"{Kept.durable.id}0002").stdout)
+
+
+def test_what_the_proxy_brought_can_be_listed(shared: tuple[Path, dict[str, str]]) -> None:
+    listed = ask(shared, "list", "--connection", "apple_proxy.main").stdout
+    assert len(listed.splitlines()) == 8
+    assert Kept.failed.id in listed
+    assert Kept.proxied.id in listed
 
 
 def test_what_came_by_the_api_and_what_waits_say_so(shared: tuple[Path, dict[str, str]]) -> None:
     done = ask(shared, "why", f"{Kept.plain.id}0001")
     assert done.returncode == 0
-    assert "for the app demo in production, over HTTP." in flat(done.stdout)
+    assert "for the app demo in production, by the HTTP API." in flat(done.stdout)
     done = ask(shared, "why", f"{Kept.waiting.id}0001")
     assert done.returncode == 4
     assert "It was not sent yet" in flat(done.stdout)
@@ -360,10 +422,16 @@ def test_a_device_token_of_an_app_that_is_gone_is_told_all_the_same(shared: tupl
 def test_only_the_last_of_many_to_a_device_token_are_shown(shared: tuple[Path, dict[str, str]]) -> None:
     done = ask(shared, "why", ALIVE, "--app", "demo")
     assert done.returncode == 1
-    assert done.stdout.count("\n01a1") == 10
+    assert done.stdout.count("\n01a") == 10
     assert "The last of them: It had gone out before as" in flat(done.stdout)
     done = ask(shared, "why", ALIVE, "--app", "demo", "--json")
     assert len(done.stdout.splitlines()) == 10
+
+
+def test_a_device_token_of_one_octet_is_one(shared: tuple[Path, dict[str, str]]) -> None:
+    done = ask(shared, "why", "AB")
+    assert done.returncode == 0
+    assert f"{Kept.short.id}0001 " in done.stdout
 
 
 def test_a_device_token_of_which_nothing_is_known_is_told(shared: tuple[Path, dict[str, str]]) -> None:
@@ -381,7 +449,8 @@ def test_a_device_token_of_which_nothing_is_known_is_told(shared: tuple[Path, di
     "arguments, words",
     [
         (["nonsense"], "is neither the id of a notification, nor a connection's name"),
-        (["a1b2"], "is neither the id of a notification"),
+        (["a1b"], "is neither the id of a notification"),
+        (["ab" * 201], "is neither the id of a notification"),
         (
             ["01a1fdfa-4600-7d52-9e31-5a4cf08b0001", "--identifier", "1"],
             "--identifier goes with the name of a connection",

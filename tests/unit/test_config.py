@@ -385,7 +385,7 @@ def test_each_setting_tells_where_it_is_from(file: Path) -> None:
         (SHOP + "environment = 'sandbox'", ["Apple's sandbox is called development here"]),
         (SHOP + "bundle_id = 'x'", ["apps.shop.bundle_id is not a setting: did you mean topic?"]),
         (SHOP + "key_file = 'x'", ["apps.shop.key_file is not a setting: did you mean key?"]),
-        ("[apps]\ntopic = 'x'", ["apps.topic is a setting of a single one: write [apps.NAME] above it"]),
+        ("[apps]\ntopic = 'x'", ["apps.topic stands below [apps], which needs a name: write [apps.NAME] instead"]),
         ("[apps]\nshop = 'x'", ["apps.shop must be a table, [apps.shop]"]),
         ("topic = 'x'", ["topic is not a setting here: it belongs below an [apps.NAME]"]),
         ("key = 'x'", ["key is not a setting here: it belongs below an [apps.NAME] or [api]"]),
@@ -709,10 +709,13 @@ MAIN = "[legacy.main]\n"
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("[legacy]", ["legacy has no listener: write [legacy.main]"]),
-        ("[legacy]\nport = 2195", ["legacy.port is a setting of a single one: write [legacy.main] above it"]),
+        ("[legacy]", ["legacy needs a name: write [legacy.main] instead of [legacy]"]),
+        (
+            "[legacy]\nport = 2195",
+            ["legacy.port stands below [legacy], which needs a name: write [legacy.main] instead"],
+        ),
         ("[legacy]\nprot = 2195", ["legacy.prot must be a table, [legacy.prot]"]),
-        ("[apple_proxy]\nport = 1", ["apple_proxy.port is a setting of a single one: write [apple_proxy.main] above"]),
+        ("[apple_proxy]\nport = 1", ["which needs a name: write [apple_proxy.main] instead"]),
         ("[proxy]\nport = 1", ["proxy is not a setting: did you mean [apple_proxy.main]?"]),
         ("[apple.main]", ["apple is not a setting: did you mean [apple_proxy.main]?"]),
         ("[gateway]", ["gateway is not a setting: did you mean [legacy.main]?"]),

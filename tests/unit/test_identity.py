@@ -176,3 +176,15 @@ def test_what_the_operator_gives_wrong_is_told(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=words):
             server_identity(tmp_path, certificate, key)
+
+
+def test_a_setting_is_named_by_its_table_and_a_missing_key_before_the_mode(tmp_path: Path) -> None:
+    public = tmp_path / "public.pem"
+    public.write_bytes(throwaway_identity(NOW).certificate_pem)
+    public.chmod(0o644)
+    for name, words in (
+        ("public.pem", "legacy.a.certificate: the file has no private key in it: .* as legacy.a.certificate_key"),
+        ("nowhere.pem", "legacy.a.certificate: cannot be read"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            server_identity(tmp_path, f"file:{tmp_path}/{name}", None, table="legacy.a")

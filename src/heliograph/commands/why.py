@@ -27,7 +27,8 @@ Receipt = dict[str, Any]
 _ID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 _is_id = re.compile(_ID, re.IGNORECASE).fullmatch
 _is_connection = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*-[0-9a-f]{6}-[0-9]+").fullmatch
-_is_token = re.compile(r"(?:[0-9a-f]{2}){8,}", re.IGNORECASE).fullmatch
+_is_of_proxy = re.compile(r"apple_proxy\.(?P<listener>.*?)(?P<durable>\.durable)?").fullmatch
+_is_token = re.compile(r"(?:[0-9a-f]{2}){1,200}", re.IGNORECASE).fullmatch
 _find_id = re.compile(_ID).search
 _as_one_of_many = partial(re.compile(f" as {_ID}").sub, "")
 """What a receipt means, without what is its own alone."""
@@ -145,14 +146,23 @@ def _how_it_came(receipt: Receipt) -> str:
     where = f"for the app {receipt['app']}"
     if receipt["environment"] is not None:
         where += f" in {receipt['environment']}"
-    if receipt["connection"] is not None:
+    listener = _proxy(receipt)
+    if listener is not None:
+        way = f"by the Apple-shaped proxy {listener}"
+    elif receipt["connection"] is not None:
         way = f"by the connection {receipt['connection']}"
         if receipt["identifier"] is not None:
             way += f", whose client gave it the identifier {receipt['identifier']}"
     else:
-        way = "over HTTP"
+        way = "by the HTTP API"
     own = "" if receipt["apns_id"] is None else f" Its sender gave it the apns-id {receipt['apns_id']}."
     return f"It came on {_time(receipt['created_at'])} {where}, {way}.{own}"
+
+
+def _proxy(receipt: Receipt) -> str | None:
+    """The listener of the Apple-shaped proxy that brought it; None: it came another way."""
+    found = _is_of_proxy(receipt["connection"] or "")
+    return None if found is None else found["listener"]
 
 
 def _tries(receipt: Receipt) -> str:
@@ -164,6 +174,9 @@ def _tries(receipt: Receipt) -> str:
         return f"{so_far}; the next try is on {_time(again)}." if again else f"{so_far}."
     was_sent = f"It was sent {times}" if tries else "It was never sent"
     changed = receipt["updated_at"]
+    of_proxy = _is_of_proxy(receipt["connection"] or "")
+    if of_proxy is not None and not of_proxy["durable"] and receipt["state"] == "cancelled":
+        return f"Its sender was answered on {_time(changed or receipt['created_at'])}."
     if changed is None:
         return f"{was_sent}."
     if receipt["state"] in ("queued", "sent", "unknown"):
@@ -186,7 +199,7 @@ def _what_follows(receipt: Receipt, reason: Reason) -> Iterator[str]:
         yield f"{_dead(receipt)} New ones to it are refused, until it is registered again."
     elif held_until is not None:
         yield f"Nothing goes to its device token until {_time(held_until)}, as Apple did not know it."
-    if receipt["connection"] is not None:
+    if receipt["connection"] is not None and _proxy(receipt) is None:
         if reason.legacy_status is None:
             yield "Its client is told by the feedback service, as Apple's own gateway did it."
         else:
@@ -214,6 +227,8 @@ def _held_until(receipt: Receipt) -> str | None:
 def _what_came_before(server: Server, receipt: Receipt) -> Iterator[str]:
     """Why it was cancelled together with others: the one of its connection that Apple refused."""
     if receipt["state"] != "cancelled" or receipt["connection"] is None or receipt["reason"] == "SentBefore":
+        return
+    if _proxy(receipt) is not None:
         return
     try:
         rejected = [each for each in _of(server, receipt["connection"], state="rejected") if each["id"] < receipt["id"]]

@@ -181,11 +181,12 @@ class _Reader:
             if not isinstance(value, dict):
                 raise self._no_table(path, f"must hold tables, {_a_table(path)}")
             if not value and path[0] in _LISTENERS:
-                raise self._no_table(path, f"has no listener: write {_a_table(path)}")
+                raise self._no_table(path, f"needs a name: write {_a_table(path)} instead of [{path[0]}]")
             for name, each in value.items():
                 if name in inner.__struct_fields__ and not isinstance(each, dict):
                     raise self._no_table(
-                        (*path, name), f"is a setting of a single one: write {_a_table(path)} above it"
+                        (*path, name),
+                        f"stands below [{path[0]}], which needs a name: write {_a_table(path)} instead of [{path[0]}]",
                     )
             return {name: self.struct(inner, each, (*path, self._checked(name, path))) for name, each in value.items()}
         if get_origin(type_) is tuple and issubclass(get_args(type_)[0], Struct):

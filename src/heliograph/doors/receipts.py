@@ -59,7 +59,8 @@ class ReceiptBody(Struct):
     """Apple's `apns-unique-id`, by which its Push Notifications Console finds it; from the development environment
     only."""
     connection: str | None
-    """The connection that brought it, as log lines name it; null where it came by this API."""
+    """The connection that brought it, as log lines name it; of an Apple-shaped proxy the listener,
+    `apple_proxy.NAME`, with `.durable` behind it where the queue took it; null where it came by this API."""
     identifier: int | None
     """What the client of that connection called it, in the binary protocol."""
     apns_id: str | None
@@ -125,6 +126,10 @@ _SENT_BEFORE = (
     "It had gone out before{as_what}, and its client sent it again, as clients of the binary protocol do after an "
     "error packet: it was not sent twice. There is nothing to do."
 )
+_NO_WORD = (
+    "It was sent and the answer never came, so Apple may have taken it or not. Its sender was answered 500 "
+    "InternalServerError, and decides whether to send it again: nothing is sent again here."
+)
 _find_id = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}").search
 _UNREADABLE = {
     State.BURIED: "The store is damaged where it was, so it cannot be read, sent or replayed: send it anew.",
@@ -133,6 +138,22 @@ _UNREADABLE = {
 }
 _TO_DO = (FollowUp.FIX_CREDENTIALS, FollowUp.FIX_REQUEST, FollowUp.RENEW_PROVIDER_TOKEN)
 """What time alone does not cure: there is something to do, also where we have stopped trying."""
+_RETRIED = (FollowUp.RETRY_SOON, FollowUp.RETRY_TOKEN_LATER, FollowUp.RETRY_LATER)
+"""What the queue would send again."""
+
+PROXY = "apple_proxy."
+"""How the connection begins of what an Apple-shaped proxy brought; its listener's name follows."""
+DURABLE = ".durable"
+"""How it ends where the queue took it: the sender was answered before Apple said anything."""
+
+
+def is_about_us(reason: reasons.Reason) -> bool:
+    """Whether Apple's no is about our connection or our credentials, of which the proxy's callers know nothing."""
+    return (
+        reason.status == 403
+        or reason.follow_up is FollowUp.NEW_CONNECTION
+        or reason is reasons.TOO_MANY_PROVIDER_TOKEN_UPDATES
+    )
 
 
 def meaning(receipt: Receipt) -> str:
@@ -140,6 +161,11 @@ def meaning(receipt: Receipt) -> str:
     state, reason, status = receipt.state, receipt.reason, receipt.status
     said = _MEANINGS[state]
     known = None if reason is None or status is None else reasons.find(reason, status)
+    proxied = receipt.connection is not None and receipt.connection.startswith(PROXY)
+    if proxied and not str(receipt.connection).endswith(DURABLE):
+        told = _what_the_sender_was_told(receipt, known)
+        if told is not None:
+            return told
     match state:
         case State.REJECTED if receipt.why is not None:  # Apple said nothing
             return f"It was refused as it came, and Apple was not asked: {receipt.why.rstrip('.')}."
@@ -156,7 +182,7 @@ def meaning(receipt: Receipt) -> str:
         case State.CANCELLED if reason == SENT_BEFORE:
             earlier = _find_id(receipt.why or "")
             return _SENT_BEFORE.format(as_what=f" as {earlier[0]}" if earlier else "")
-        case State.CANCELLED if receipt.connection is not None and known is None:
+        case State.CANCELLED if receipt.connection is not None and not proxied and known is None:
             return _CUT_OFF
         case State.BURIED | State.UNKNOWN if reason == UNREADABLE:
             return _UNREADABLE[state]
@@ -166,6 +192,31 @@ def meaning(receipt: Receipt) -> str:
         advice = f" {known.meaning}" if known.follow_up in _TO_DO else ""
         return f"{said} Apple's last answer was {status} {reason}.{advice}"
     return said if reason in (None, "TooLate") else f"{said} {_failed(receipt)}"
+
+
+def _what_the_sender_was_told(receipt: Receipt, known: reasons.Reason | None) -> str | None:
+    """Of what was carried at once: where the queue would send it again, its sender decides. None: nothing special."""
+    match receipt.state:
+        case State.REJECTED if known is not None and is_about_us(known):
+            advice = f" {known.meaning}" if known.follow_up is FollowUp.FIX_CREDENTIALS else ""
+            return (
+                f"Apple answered {known.status} {known.word}, which is not its sender's fault: that one was answered "
+                f"503 ServiceUnavailable, and decides whether to send it again.{advice}"
+            )
+        case State.REJECTED if known is not None and known.follow_up in _RETRIED:
+            return (
+                f"Apple did not take it, for now. Its sender was given Apple's answer, {known.status} {known.word}, "
+                "and decides whether to send it again: nothing is sent again here."
+            )
+        case State.CANCELLED:
+            why = f" ({receipt.why.rstrip('.')})" if receipt.why else ""
+            return (
+                f"Apple was not reached or did not act on it{why}. Its sender was answered 503 ServiceUnavailable, and "
+                "decides whether to send it again: nothing is sent again here."
+            )
+        case State.UNKNOWN if receipt.reason != UNREADABLE:
+            return _NO_WORD
+    return None
 
 
 UNREADABLE = "Unreadable"

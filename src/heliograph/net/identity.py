@@ -54,16 +54,22 @@ _is_dns_name = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63})*").f
 
 
 def server_identity(
-    data: Path, certificate: str | None, certificate_key: str | None, *, now: datetime.datetime | None = None
+    data: Path,
+    certificate: str | None,
+    certificate_key: str | None,
+    *,
+    table: str = "",
+    now: datetime.datetime | None = None,
 ) -> tuple[bytes, bytes]:
     """The certificate with its chain, and its private key, both PEM.
 
     The references are to the files of the operator, the key None where it is in the certificate's file; with no
     certificate it is the one in the folder `data`, made where it is not there, is near its end, or is for other names
-    than this host's. `now`: None for this moment. Raises ConfigError.
+    than this host's. `table` has the settings, as `legacy.main`, and is for the texts of errors. `now`: None for this
+    moment. Raises ConfigError.
     """
     if certificate is not None:
-        return _configured(certificate, certificate_key)
+        return _configured(certificate, certificate_key, f"{table}." if table else "")
     if certificate_key is not None:
         raise ConfigError("There is a certificate_key without a certificate: add certificate, or remove it")
     now = now or datetime.datetime.now(datetime.UTC)
@@ -85,16 +91,29 @@ def made_here(certificate: x509.Certificate) -> bool:
     return any(_is_ours(str(name.value)) for name in certificate.issuer.get_attributes_for_oid(NameOID.COMMON_NAME))
 
 
-def _configured(certificate: str, certificate_key: str | None) -> tuple[bytes, bytes]:
-    alone = certificate_key is None
-    chain = read_file(secret_path(certificate, "certificate"), "certificate", secret=alone)
+def _configured(certificate: str, certificate_key: str | None, front: str) -> tuple[bytes, bytes]:
+    alone, setting = certificate_key is None, f"{front}certificate"
+    path = secret_path(certificate, setting)
+
+    def check_key_in(content: bytes) -> None:
+        if alone and b"PRIVATE KEY-----" not in content:
+            raise ConfigError(
+                f"{setting}: the file has no private key in it: name the key's file as {front}certificate_key"
+            )
+
+    if path.is_file():  # not a pipe, which can be read once only
+        check_key_in(read_file(path, setting))  # a public file may have any mode
+    chain = read_file(path, setting, secret=alone)
+    check_key_in(chain)
     if certificate_key is None:
         key = chain
     else:
-        key = read_file(secret_path(certificate_key, "certificate_key"), "certificate_key", secret=True)
-    if alone and b"PRIVATE KEY-----" not in chain:
-        raise ConfigError("certificate: the file has no private key in it: name the key's file as certificate_key")
-    server_context(chain, key)  # says what is wrong with them
+        key_setting = f"{front}certificate_key"
+        key = read_file(secret_path(certificate_key, key_setting), key_setting, secret=True)
+    try:
+        server_context(chain, key)
+    except ConfigError as error:
+        raise ConfigError(f"{setting}: {error}") from None
     return chain, key
 
 

@@ -35,12 +35,8 @@ _RECORD_OCTETS = 16 * 1024
 _KEEPALIVE = (("TCP_KEEPIDLE", 120), ("TCP_KEEPINTVL", 30), ("TCP_KEEPCNT", 4))
 """Clients idle for hours; one whose machine is gone is noticed after 4 minutes. Seconds, but for the last."""
 
-_WEAK = (66, 67, 68)
-"""X509_V_ERR_EE_KEY_TOO_SMALL, _CA_KEY_TOO_SMALL and _CA_MD_TOO_WEAK (OpenSSL, x509_vfy.h)."""
-
 NO_CERTIFICATE = "the client showed no certificate"
 NOT_REGISTERED = "the client's certificate is not registered"
-TOO_WEAK = "what the client showed with its certificate is too weak for TLS 1.2 and later"
 TOO_OLD = "the client's TLS version is too old"
 CLIENT_REFUSED = "the client refused: it says"
 OWN_TLS_REFUSED = "the client's own TLS gave up before it began"
@@ -283,7 +279,7 @@ class Stream(asyncio.BufferedProtocol):
         self._wake()
         user, self._user = self._user, None
         error = self._error or (None if self._deaf else exc)
-        if user is None and not self._deaf:
+        if user is None and not self._deaf and self._first:  # who says nothing at all asks whether the port is open
             self._listener.refused(self.address, HUNG_UP)
         # The user may keep this: no rings for the garbage collector, and no TLS state.
         for name in ("_tls", "_incoming", "_outgoing"):
@@ -518,6 +514,7 @@ async def listen(
 
     `context` is asked at each connection. `refused` is told the address of whoever did not get in, and why, in words
     for people: no certificate, one that is not registered, a TLS version too old, no TLS at all, too many connections.
+    It is told nothing of connections that end without an octet, as load balancers make them to see whether we live.
     """
     listener = StreamListener(new_user, context, max_connections, refused)
     await listener.start(host, port)
@@ -538,10 +535,7 @@ def _why(error: ssl.SSLError, first: bytes) -> str:
     if reason == "PEER_DID_NOT_RETURN_A_CERTIFICATE":
         return NO_CERTIFICATE
     if isinstance(error, ssl.SSLCertVerificationError):
-        said = error.verify_message
-        if error.verify_code in _WEAK:
-            return f"{TOO_WEAK} ({said})"
-        return f"{NOT_REGISTERED} ({said})"
+        return f"{NOT_REGISTERED} ({error.verify_message})"
     if reason in ("UNSUPPORTED_PROTOCOL", "VERSION_TOO_LOW"):
         return TOO_OLD
     if "ALERT" in reason:

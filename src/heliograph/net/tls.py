@@ -116,9 +116,10 @@ def legacy_context(
 
     `anchors`: the certificates that are taken, each by itself: whoever issued it is not asked, and neither is the
     calendar. A client with another one is refused, and so is one with none where one is `required`. What an anchor has
-    issued passes as well where its own extensions allow that: look at what was shown. No session ticket comes after a
-    handshake, see `streams`. An anchor that OpenSSL cannot read is left out. Below TLS 1.2 OpenSSL's security level is
-    0 for this context: TLS 1.0 signs with SHA-1.
+    issued passes as well where its own extensions allow that: look at what was shown. How strong an anchor's key and
+    its issuer's signature are is not asked either: OpenSSL's security level is 0 for this context, with the ciphers of
+    level 2 from TLS 1.2 on. No session ticket comes after a handshake, see `streams`. An anchor that OpenSSL cannot
+    read is left out.
 
     Raises ConfigError.
     """
@@ -131,7 +132,11 @@ def legacy_context(
             f"and see that they belong together (OpenSSL says {error.reason or 'nothing more'})"
         ) from None
     old = minimum in (TlsVersion.TLS_1_0, TlsVersion.TLS_1_1)
-    context.set_ciphers("DEFAULT:@SECLEVEL=0" if old else "DEFAULT:@SECLEVEL=2")
+    if old:
+        context.set_ciphers("DEFAULT:@SECLEVEL=0")
+    else:
+        context.set_ciphers("DEFAULT:@SECLEVEL=2")
+        context.set_ciphers(":".join([*(each["name"] for each in context.get_ciphers()), "@SECLEVEL=0"]))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         context.minimum_version = _VERSIONS[minimum]

@@ -433,12 +433,13 @@ class Relay:
 
     # -- send ----------------------------------------------------------------------------------------------------
 
-    def courier(self, app: str, environment: Environment, tell: Tell) -> Courier:
+    def courier(self, app: str, environment: Environment, tell: Tell, origin: Origin | None = None) -> Courier:
         """What carries at once for an app in an environment, past admission and the queue; keep it, and use it often.
 
-        The caller keeps the responsibility. What became of it is kept for those who ask later, behind the answer.
+        The caller keeps the responsibility. What became of it is kept for those who ask later, behind the answer;
+        `origin` is what they are told of where it came from.
         """
-        return Courier(self._sends, app, environment, tell)
+        return Courier(self._sends, app, environment, tell, origin)
 
     # -- work ----------------------------------------------------------------------------------------------------
 

@@ -36,6 +36,7 @@ from heliograph.model import (
     Lane,
     Lease,
     NotProcessed,
+    Origin,
     Outcome,
     Outcomes,
     Quarantine,
@@ -81,9 +82,9 @@ class Sheet(Progress):
 
     __slots__ = ("apns_ids", "closed", "given", "kinds", "kinds_of", "last", "payloads", "tickets", "tokens")
 
-    def __init__(self, batch_id: str, name: Lane, lane: LaneState, now: float) -> None:
+    def __init__(self, batch_id: str, name: Lane, lane: LaneState, now: float, origin: Origin | None) -> None:
         self.tokens: list[bytes] = []
-        super().__init__(Lease(Batch(batch_id, *name, now, (), self.tokens, _NOTHING), None, 1), lane)
+        super().__init__(Lease(Batch(batch_id, *name, now, (), self.tokens, _NOTHING, origin=origin), None, 1), lane)
         self.payloads: list[bytes] = []
         self.tickets: list[Ticket] = []
         self.apns_ids: dict[int, str] = {}
@@ -107,6 +108,7 @@ class Sheet(Progress):
             self.tokens,
             payloads,
             bytes(self.kinds_of) if len(self.kinds) > 1 else None,
+            origin=batch.origin,
             apns_ids=self.apns_ids,
         )
 
@@ -224,9 +226,9 @@ class Sends:
         self._keeping: asyncio.Task[None] | None = None
         self._forgotten = Summary(_tell_forgotten, self._loop.call_later)
 
-    def begin(self, name: Lane) -> Sheet:
+    def begin(self, name: Lane, origin: Origin | None) -> Sheet:
         moment = self.tools.now()
-        sheet = Sheet(self.tools.new_id(moment.wall), name, self.tools.lane(name), moment.wall)
+        sheet = Sheet(self.tools.new_id(moment.wall), name, self.tools.lane(name), moment.wall, origin)
         self.unkept[sheet.batch.id] = sheet
         return sheet
 
@@ -323,12 +325,13 @@ def _tell_forgotten(number: int) -> None:
 class Courier:
     """Carries for an app in an environment. What one turn of the loop brings goes together."""
 
-    __slots__ = ("_due", "_in_hand", "_lane", "_loop", "_sends", "_sheet", "_tell")
+    __slots__ = ("_due", "_in_hand", "_lane", "_loop", "_origin", "_sends", "_sheet", "_tell")
 
-    def __init__(self, sends: Sends, app: str, environment: Environment, tell: Tell) -> None:
+    def __init__(self, sends: Sends, app: str, environment: Environment, tell: Tell, origin: Origin | None) -> None:
         self._sends = sends
         self._lane: Lane = app, environment
         self._tell = tell
+        self._origin = origin
         self._loop = asyncio.get_running_loop()
         self._sheet: Sheet | None = None
         self._due = False
@@ -366,7 +369,7 @@ class Courier:
             self._loop.call_soon(self._flush)
 
     def _begin(self) -> Sheet:
-        sheet = self._sheet = self._sends.begin(self._lane)
+        sheet = self._sheet = self._sends.begin(self._lane, self._origin)
         self._loop.call_later(_SHEET_S, self._close, sheet)
         return sheet
 

@@ -32,20 +32,19 @@ from heliograph import reasons
 from heliograph.callers import Callers
 from heliograph.config import AppleProxySettings, TlsVersion
 from heliograph.doors.apple.reading import Common, Reader, check_path
-from heliograph.doors.receipts import PLACES
+from heliograph.doors.receipts import DURABLE, PLACES, PROXY, is_about_us
 from heliograph.errors import ConfigError, Overloaded, Refused, StoreError
 from heliograph.keys import Keyring
-from heliograph.model import ACCEPTED, Answered, App, Batch, Environment, Headers, NotProcessed, Outcome
+from heliograph.model import ACCEPTED, Answered, App, Batch, Environment, Headers, NotProcessed, Origin, Outcome
 from heliograph.net.http2 import Link, Listener, listen
 from heliograph.net.tls import legacy_context
 from heliograph.payload import MAX_VOIP_BYTES
 from heliograph.ports import Store
 from heliograph.protocols import apns
-from heliograph.protocols.http2 import Answer, Event, Field, Limits, Request, ServerConnection
-from heliograph.reasons import FollowUp
+from heliograph.protocols.http2 import Answer, Event, Failed, Field, Limits, Request, ServerConnection
 from heliograph.relay import Relay
 from heliograph.relay.sends import Courier
-from heliograph.telemetry import Summary, Telemetry
+from heliograph.telemetry import Telemetry
 
 STREAMS = 1000
 """Open requests of one connection, at most; as Apple allows."""
@@ -55,6 +54,18 @@ _LIMITS = Limits(header_octets=8000, idle_s=3600.0, resets=2000)
 _ANSWERING_S = 10.0
 """How long open requests may take when the server stops."""
 _RETRY_AFTER_S = 5
+_MINUTE_S = 60.0
+_SINGLY = 10
+"""So many refusals of one kind are told one by one in a minute."""
+_KINDS = 20
+"""So many kinds of refusals of one reason are told apart in a minute."""
+_NOT_HTTP2 = (
+    "NotHttp2",
+    (
+        "A client spoke HTTP/1.1 or something else, and was cut off: have it use HTTP/2 (curl --http2, without TLS "
+        "--http2-prior-knowledge)."
+    ),
+)
 _MOST_STORING = 20_000
 """Notifications on their way into the queue, at most."""
 _REMEMBERED = 64
@@ -120,6 +131,8 @@ class AppleProxy:
         `clock` gives UNIX seconds.
         """
         self.name = name
+        self.origin = Origin(PROXY + name)
+        """Of what is carried at once."""
         self.port = settings.port
         """Where it listens; the real one once it does."""
         self.apps = apps
@@ -137,7 +150,7 @@ class AppleProxy:
         self._anchors = -1
         """Which version of the callers' certificates the context has."""
         self._ways: dict[tuple[str, Environment], Courier | _Desk] = {}
-        self._complaints: dict[str, _Complaint] = {}
+        self._complaints: dict[tuple[str, str], _Complaint] = {}
         self.storing = 0
         """Notifications on their way into the queue."""
         self.tasks: set[asyncio.Task[None]] = set()
@@ -180,8 +193,8 @@ class AppleProxy:
             task.cancel()
         if self.tasks:
             await asyncio.wait(self.tasks)
-        for each in self._complaints.values():
-            each.summary.flush()
+        for each in list(self._complaints.values()):
+            each.end()
 
     def _trust(self) -> None:
         """Take the certificates of callers that were registered meanwhile. Those that are not any more open nothing."""
@@ -199,7 +212,7 @@ class AppleProxy:
             if app in self._settings.durable:
                 found = _Desk(self, self._relay, self._store, app, environment)
             else:
-                found = self._relay.courier(app, environment, self._tell)
+                found = self._relay.courier(app, environment, self._tell, self.origin)
             self._ways[app, environment] = found
         return found
 
@@ -245,23 +258,46 @@ class AppleProxy:
 
     def complain(self, refused: Refused) -> None:
         """Tell in the log of a caller that was turned away: Apple's words alone say too little."""
-        found = self._complaints.get(refused.reason)
+        kind = refused.reason, refused.detail
+        if kind not in self._complaints and len(self._complaints) >= _KINDS:
+            kind = refused.reason, ""  # callers choose topics: what differs in these alone is summed up
+        found = self._complaints.get(kind)
         if found is None:
-            found = self._complaints[refused.reason] = _Complaint(self.name, refused.reason, self._loop)
-        found.why = refused.detail
-        found.summary.add(1)
+            found = self._complaints[kind] = _Complaint(self.name, kind, self._complaints)
+            self._loop.call_later(_MINUTE_S, found.end)
+        found.add(refused.detail)
 
 
 class _Complaint:
-    """What is told of requests that were refused for one reason."""
+    """What is told in a minute of requests that were refused for one reason: of the first ones each, then how many."""
 
-    def __init__(self, listener: str, reason: str, loop: asyncio.AbstractEventLoop) -> None:
-        self.why = ""
+    def __init__(self, listener: str, kind: tuple[str, str], complaints: dict[tuple[str, str], _Complaint]) -> None:
+        """`complaints`: where it is, by its kind, until it ends."""
+        self._listener = listener
+        self._kind = kind
+        self._complaints = complaints
+        self._singly = 1 if kind[0] == _NOT_HTTP2[0] else _SINGLY
+        self._more = 0
+        self._why = ""
 
-        def tell(number: int) -> None:
-            _log.warning("proxy_refused", listener=listener, reason=reason, count=number, why=self.why)
+    def add(self, why: str) -> None:
+        self._why = why
+        if self._singly:
+            self._singly -= 1
+            self._tell(1)
+        else:
+            self._more += 1
 
-        self.summary = Summary(tell, loop.call_later)
+    def end(self) -> None:
+        """Tell of what there were more."""
+        if self._complaints.get(self._kind) is self:
+            del self._complaints[self._kind]
+            if self._more:
+                self._tell(self._more)
+
+    def _tell(self, number: int) -> None:
+        reason = self._kind[0]
+        _log.warning("proxy_refused", listener=self._listener, reason=reason, count=number, why=self._why)
 
 
 class _Visit:
@@ -291,6 +327,8 @@ class _Visit:
         found: tuple[Common, Courier | _Desk] | None = None
         for event in events:
             if type(event) is not Request:
+                if type(event) is Failed and event.why.startswith("not HTTP/2"):
+                    self._proxy.complain(Refused(*_NOT_HTTP2))
                 continue
             stream_id, fields, body, truncated = event.stream_id, event.fields, event.body, event.truncated
             these = tuple([field[0] for field in fields])
@@ -370,6 +408,7 @@ class _Desk:
         self._removals = store
         self._app = app
         self._environment = environment
+        self._origin = Origin(PROXY + proxy.name + DURABLE)
         self._loop = asyncio.get_running_loop()
         self._rows: list[tuple[Headers, bytes, bytes, str | None, Ticket]] = []
 
@@ -404,7 +443,7 @@ class _Desk:
             )
             wrong = {each.index for each in admitted.refused}
             good = [] if None in wrong else [index for index in range(len(rows)) if index not in wrong]
-            batches = list(_with_own_ids(admitted.batches, [own[index] for index in good]))
+            batches = list(_marked(admitted.batches, self._origin, [own[index] for index in good]))
             if batches:
                 await self._relay.enqueue(batches)
         except Refused as error:  # the app went away meanwhile
@@ -455,11 +494,12 @@ def _ids(own: Iterable[str | None]) -> list[bytes]:
     return [(str(uuid4()) if each is None else each).encode() for each in own]
 
 
-def _with_own_ids(batches: Sequence[Batch], own: Iterable[str | None]) -> Iterable[Batch]:
+def _marked(batches: Sequence[Batch], origin: Origin, own: Iterable[str | None]) -> Iterable[Batch]:
+    """With where they came from, and the ids that their callers chose."""
     left = iter(own)
     for batch in batches:
         ids = {index: each for index, each in enumerate(islice(left, len(batch))) if each is not None}
-        yield replace(batch, apns_ids=ids) if ids else batch
+        yield replace(batch, origin=origin, apns_ids=ids)
 
 
 def _not_past(headers: Headers, now: float) -> Headers:
@@ -472,20 +512,11 @@ def _as_apple_would(outcome: Outcome) -> tuple[int, str, int | None]:
     """Status, reason and when to try again, where it was no 200."""
     if isinstance(outcome, Answered):
         reason = reasons.find(outcome.reason, outcome.status)
-        if not _is_ours(reason):
+        if not is_about_us(reason):
             return outcome.status, reason.word, None if outcome.retry_after_s is None else int(outcome.retry_after_s)
     elif not isinstance(outcome, NotProcessed):
         return reasons.INTERNAL_SERVER_ERROR.status, reasons.INTERNAL_SERVER_ERROR.word, None
     return reasons.SERVICE_UNAVAILABLE.status, reasons.SERVICE_UNAVAILABLE.word, _RETRY_AFTER_S
-
-
-def _is_ours(reason: reasons.Reason) -> bool:
-    """Whether Apple's no is about our connection or our credentials, of which the caller knows nothing."""
-    return (
-        reason.status == 403
-        or reason.follow_up is FollowUp.NEW_CONNECTION
-        or reason is reasons.TOO_MANY_PROVIDER_TOKEN_UPDATES
-    )
 
 
 def _is_token(token: bytes) -> bool:

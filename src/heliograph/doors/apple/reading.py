@@ -31,6 +31,9 @@ _SANDBOX = (b"sandbox", b"development")
 _REMEMBERED = 128
 """Pairs of expiration and collapse id, for one set of the other fields of a connection."""
 
+_NOT_YET = b"/1/apps/", b"/4/broadcasts"
+"""Where Apple has channels and broadcasts, with methods of their own."""
+
 _ONCE = frozenset((b"apns-id", b"apns-expiration", b"apns-collapse-id"))
 """What is among the fields that requests share only where it came a second time."""
 
@@ -51,6 +54,11 @@ class Access(Protocol):
     @property
     def topic(self) -> str | None: ...
 
+    @property
+    def who(self) -> str:
+        """For the log."""
+        ...
+
     def holds(self, now: float) -> bool:
         """Whether it still opens the same."""
         ...
@@ -67,6 +75,10 @@ class _ByKey(Struct, frozen=True):
     environment: Environment | None = None
     topic: str | None = None
 
+    @property
+    def who(self) -> str:
+        return "the server's own API key" if self.key is None else f"the API key {self.key.id}"
+
     def holds(self, now: float) -> bool:
         until = self.caller.expires_at
         return (until is None or now < until) and (self.key is None or self.find(self.key.id) is self.key)
@@ -82,6 +94,10 @@ class _ByCertificate(Struct, frozen=True):
     certificate: bytes
     caller: KnownCaller
 
+    @property
+    def who(self) -> str:
+        return f"the caller {self.caller.id}"
+
     def holds(self, now: float) -> bool:  # noqa: ARG002 - the same shape as the others
         return self.callers.by_certificate(self.certificate) is self.caller
 
@@ -95,6 +111,10 @@ class _ByToken(Struct, frozen=True):
     callers: Callers
     token: bytes
     caller: KnownCaller
+
+    @property
+    def who(self) -> str:
+        return f"the caller {self.caller.id}"
 
     def holds(self, now: float) -> bool:
         try:
@@ -162,11 +182,17 @@ class Reader:
                 duplicate = True
             values[name] = value
         if values.get(b":method") != b"POST":
+            if path.startswith(_NOT_YET):
+                check_path(path)
             raise _no(reasons.METHOD_NOT_ALLOWED, "The method is not POST.")
         check_path(path)
         if duplicate:
             raise _no(reasons.DUPLICATE_HEADERS, "A header came twice.")
-        return self._choose(self._let_in(values.get(b"authorization"), certificate, now), values)
+        access = self._let_in(values.get(b"authorization"), certificate, now)
+        try:
+            return self._choose(access, values)
+        except Refused as error:
+            raise _no(reasons.find(error.reason), f"{error.detail} It came from {access.who}.") from None
 
     def _let_in(self, authorization: bytes | None, certificate: bytes | None, now: float) -> Access:
         """Who it is. Raises Refused."""

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from msgspec import Struct
 
-from heliograph.callers import Callers
+from heliograph.callers import Callers, certificate_id
 from heliograph.config import LegacySettings
 from heliograph.model import App, Environment
 from heliograph.net.tls import legacy_context
@@ -100,6 +100,13 @@ class Admittance:
         if shown.certificate is not None:
             caller = self._callers.by_certificate(shown.certificate)
             if caller is None:
+                former = self._callers.get(certificate_id(shown.certificate))
+                if former is not None:
+                    raise NotAdmitted(
+                        f"its certificate is that of the app {former.app}, which is gone",
+                        "add the app again, or remove the caller (heliograph callers remove) and register the "
+                        "certificate for another one",
+                    )
                 raise NotAdmitted(
                     "its certificate is not registered any more",
                     "register it again (heliograph callers add), or give the client one that is",
@@ -111,8 +118,9 @@ class Admittance:
         elif settings.app is not None:
             app, known_as = settings.app, f"port:{self._name}"
         else:
+            asked = f"asks for the server name {server_name}" if server_name else "names no server (SNI)"
             raise NotAdmitted(
-                "it shows no certificate",
+                f"it shows no certificate, and {asked}" if self._names else "it shows no certificate",
                 f"give the client one (heliograph legacy certificate), or set app or names in [legacy.{self._name}]",
             )
         return Guest(app, self._choose_environment(app, environment), topic, known_as)

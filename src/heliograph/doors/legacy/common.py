@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
+import socket
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
@@ -12,6 +15,7 @@ from msgspec import Struct
 from heliograph.config import LegacySettings
 from heliograph.doors.legacy.admittance import Admittance
 from heliograph.doors.legacy.trail import Sent
+from heliograph.errors import ConfigError
 from heliograph.model import App
 from heliograph.net import streams
 from heliograph.relay import Relay
@@ -49,8 +53,6 @@ def advise(why: str, name: str, settings: LegacySettings) -> str | None:
         if settings.app or settings.names:
             return f"{register}, or have it show none: what is shown must be registered, in spite of app or names"
         return register
-    if why.startswith(streams.TOO_WEAK):
-        return f"give the client a new one (heliograph legacy certificate), or {_OLD_TLS}"
     if why.startswith(streams.TOO_OLD):
         return _OLD_TLS
     if why.startswith(streams.OWN_TLS_REFUSED):
@@ -62,6 +64,26 @@ def advise(why: str, name: str, settings: LegacySettings) -> str | None:
     if why.startswith(streams.CLIENT_REFUSED) and why.endswith(_TRUSTS_US_NOT):
         return f"the client does not trust our certificate: {trust}"
     return None
+
+
+def with_hint(hint: str | None) -> dict[str, str]:
+    """What a log line says of it."""
+    return {} if hint is None else {"hint": hint}
+
+
+def cannot_listen(name: str, setting: str, host: str, port: int, error: OSError) -> ConfigError:
+    """What to tell of `[legacy.NAME]`, whose `setting` names this port."""
+    number = error.errno or 0
+    # asyncio has words of its own before the system's; numbers of `gaierror` are others.
+    plain = number > 0 and not isinstance(error, socket.gaierror)
+    why = os.strerror(number) if plain else error.strerror or str(error)
+    if plain and number == errno.EADDRINUSE:
+        advice = f"stop whatever is there, or set another {setting} in [legacy.{name}]"
+    elif plain and number in (errno.EACCES, errno.EPERM):
+        advice = f"set {setting} in [legacy.{name}] above 1023, or let heliograph have such ports"
+    else:
+        advice = f"host in [legacy.{name}] is no address of this machine: write 127.0.0.1, 0.0.0.0 or one of its own"
+    return ConfigError(f"legacy.{name} cannot listen on {host}:{port} ({why}): {advice}")
 
 
 class Intake:
@@ -109,18 +131,22 @@ class Lines:
     def __init__(self, listener: str) -> None:
         self._listener = listener
         self._counts: dict[str, int] = {}
+        self._last: dict[str, str] = {}
 
-    def allow(self, event: str) -> bool:
-        """Whether there were not too many of this kind lately; otherwise they are counted."""
+    def allow(self, event: str, whose: str) -> bool:
+        """Whether there were not too many of this kind lately; otherwise they are counted, and the last is known."""
         self._counts[event] = count = self._counts.get(event, 0) + 1
+        self._last[event] = whose
         return count <= _LINES
 
     def begin_anew(self) -> None:
         """Another minute: tell how many were left out of the last one."""
         for event, count in self._counts.items():
             if count > _LINES:
-                _log.warning("legacy_more", listener=self._listener, kind=event, count=count - _LINES)
+                left_out, last = count - _LINES, self._last[event]
+                _log.warning("legacy_more", listener=self._listener, kind=event, count=left_out, last=last)
         self._counts.clear()
+        self._last.clear()
 
 
 class Common(Struct, frozen=True, eq=False):

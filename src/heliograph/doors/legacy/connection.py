@@ -205,7 +205,7 @@ class Connection:
 
     def shed(self) -> None:
         """Close, as the client does not finish what it began."""
-        if self._common.lines.allow("legacy_shed"):
+        if self._common.lines.allow("legacy_shed", self.name):
             why = f"a frame did not arrive within {UNFINISHED_S:g} s"
             _log.warning("legacy_shed", connection=self.name, app=self._guest and self._guest.app, why=why)
         self._unfinished_since = None
@@ -489,7 +489,10 @@ class Connection:
         common, guest = self._common, self._guest
         assert guest is not None
         common.meter.answered(answer.status)
-        if common.lines.allow("legacy_error_packet"):
+        if common.lines.allow("legacy_error_packet", self.name):
+            settings, limits = common.settings, {}
+            if answer.reason == _TOO_LONG:
+                limits = {"max_payload": settings.max_payload, "max_item_payload": settings.max_item_payload}
             _log.info(
                 "legacy_error_packet",
                 connection=self.name,
@@ -498,13 +501,14 @@ class Connection:
                 identifier=identifier,
                 status=int(answer.status),
                 reason=answer.reason,
+                **limits,
             )
 
     def _note_refusal(self, error: NotAdmitted) -> None:
         common = self._common
         common.meter.refused += 1
-        if common.lines.allow("legacy_refused"):
-            address = self._stream.address
+        address = self._stream.address
+        if common.lines.allow("legacy_refused", address):
             _log.warning("legacy_refused", listener=common.name, address=address, why=str(error), hint=error.hint)
 
     def _close_when_done(self) -> None:
@@ -570,6 +574,9 @@ _LITTLE = array("I", (1,)).tobytes()[0] == 1
 def _word(status: int) -> str:
     """Of a `Status`, in the form of Apple's reasons: InvalidPayloadSize."""
     return Status(status).name.title().replace("_", "")
+
+
+_TOO_LONG = _word(Status.INVALID_PAYLOAD_SIZE)
 
 
 def _status_at_once(reason: str) -> int:

@@ -18,8 +18,8 @@ import structlog
 from heliograph.callers import Callers
 from heliograph.config import LegacySettings
 from heliograph.doors.legacy.admittance import Admittance, Guest, NotAdmitted
-from heliograph.doors.legacy.common import advise
-from heliograph.errors import ConfigError, StoreError
+from heliograph.doors.legacy.common import advise, cannot_listen, with_hint
+from heliograph.errors import StoreError
 from heliograph.model import App, Lane, Listed
 from heliograph.net import streams
 from heliograph.net.streams import Stream, StreamListener, listen
@@ -103,10 +103,7 @@ class Feedback:
                 refused=lambda address, why: self.note_refused(address, why, advise(why, self.name, self.settings)),
             )
         except OSError as error:
-            raise ConfigError(
-                f"The feedback service {self.name!r} cannot listen on {host}:{port} ({error.strerror or error}): stop "
-                f"whatever is there, or set another feedback_port in [legacy.{self.name}]"
-            ) from None
+            raise cannot_listen(self.name, "feedback_port", host, port, error) from None
 
     @property
     def port(self) -> int:
@@ -140,7 +137,8 @@ class Feedback:
         now = self._loop.time()
         if now >= self._line_at:
             count, self._refused, self._line_at = self._refused, 0, now + _LINE_S
-            _log.warning("feedback_refused", listener=self.name, address=address, why=why, hint=hint, count=count)
+            told = {"listener": self.name, "address": address, "why": why, "count": count}
+            _log.warning("feedback_refused", **told, **with_hint(hint))
 
     def _new_reader(self, stream: Stream) -> Reader:
         self._opened += 1
@@ -148,7 +146,7 @@ class Feedback:
 
 
 class Reader:
-    """A client's connection. It is a `streams.User`; what the client writes is thrown away."""
+    """A client's connection. It is a `streams.User`. One that writes takes us for the gateway: its list is kept."""
 
     def __init__(self, feedback: Feedback, stream: Stream, name: str) -> None:
         self.name = name
@@ -158,6 +156,7 @@ class Reader:
         """The client ended its side, or is gone."""
         self._finished = False
         """We ended ours."""
+        self._wrote = False
         self._read = False
         """The client ended its side in order, after us, with all of it."""
         self._error: Exception | None = None
@@ -171,8 +170,9 @@ class Reader:
             return
         self._feedback.run(self, guest)
 
-    def on_data(self, data: bytes) -> None:
-        pass
+    def on_data(self, data: bytes) -> None:  # noqa: ARG002 - whatever it is
+        self._wrote = True
+        self._over.set()
 
     def on_end(self) -> None:
         if self._finished:
@@ -190,7 +190,9 @@ class Reader:
             async with self._feedback.turns.take(lane):
                 count, last = await self._tell(lane)
                 await self._wait()
-                if not count:
+                if self._wrote:
+                    _log.warning("feedback_not_read", **who, count=count, why=self._why())
+                elif not count:
                     _log.debug("feedback_empty", **who)
                 elif self._read:
                     await self._feedback.store.tell_until(*lane, last)
@@ -211,7 +213,7 @@ class Reader:
         store = self._feedback.store
         last = await store.told_until(*lane)
         count = 0
-        while page := await store.find_removals(*lane, last, _PAGE):
+        while not self._wrote and (page := await store.find_removals(*lane, last, _PAGE)):
             for record in _records(page):
                 self._stream.write(record)
                 await self._stream.drained()
@@ -237,6 +239,8 @@ class Reader:
                 before = left
 
     def _why(self) -> str:
+        if self._wrote:
+            return f"it sends: notifications go to the gateway, port {self._feedback.settings.port}"
         if self._error is not None:
             return str(self._error)
         if self._over.is_set():

@@ -27,10 +27,9 @@ import structlog
 from heliograph.callers import Callers
 from heliograph.config import LegacySettings
 from heliograph.doors.legacy.admittance import Admittance
-from heliograph.doors.legacy.common import Common, Intake, Lines, advise
+from heliograph.doors.legacy.common import Common, Intake, Lines, advise, cannot_listen, with_hint
 from heliograph.doors.legacy.connection import Connection
 from heliograph.doors.legacy.trail import Sent
-from heliograph.errors import ConfigError
 from heliograph.model import App
 from heliograph.net.streams import Stream, StreamListener, listen
 from heliograph.relay import Relay
@@ -103,10 +102,7 @@ class Gateway:
                 refused=self._on_refused,
             )
         except OSError as error:
-            raise ConfigError(
-                f"The legacy gateway {self._name!r} cannot listen on {host}:{port} ({error.strerror or error}): stop "
-                f"whatever is there, or set another port in [legacy.{self._name}]"
-            ) from None
+            raise cannot_listen(self._name, "port", host, port, error) from None
         self._sweeping = self._loop.call_later(_SWEEP_S, self._sweep)
 
     @property
@@ -138,9 +134,9 @@ class Gateway:
 
     def _on_refused(self, address: str, why: str) -> None:
         self._common.meter.refused += 1
-        if self._common.lines.allow("legacy_refused"):
-            hint = advise(why, self._name, self._settings)
-            _log.warning("legacy_refused", listener=self._name, address=address, why=why, hint=hint)
+        if self._common.lines.allow("legacy_refused", address):
+            hint = with_hint(advise(why, self._name, self._settings))
+            _log.warning("legacy_refused", listener=self._name, address=address, why=why, **hint)
 
     def _sweep(self) -> None:
         """Shed those that take too long over a frame, and those that may not be here any more."""
