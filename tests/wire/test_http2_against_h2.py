@@ -331,3 +331,8 @@ def test_noise_is_an_end_and_never_an_exception(client: bool, octets: bytes) -> 
     events = [*core.receive(octets, NOW), *core.eof(NOW)]
     assert [type(event) for event in events].count(Failed) == 1
     assert core.receive(octets, NOW) == core.eof(NOW) == core.tick(NOW + 100) == []
+
+
+def test_a_first_stream_with_an_even_id_ends_the_connection_as_with_h2() -> None:
+    head = b"\x83\x87\x84A\tlocalhost"
+    compare([f.settings({}), f.frame(f.HEADERS, f.END_HEADERS, 2, head)], client=False)

@@ -212,7 +212,7 @@ class ServerConnection(Connection[_Stream]):
             elif (
                 kind == f.HEADERS
                 and flags == f.END_HEADERS
-                and self._highest + 2 == stream_id <= f.MAX_STREAM_ID  # so it is none of the first frames
+                and 0 < self._highest == stream_id - 2 <= f.MAX_STREAM_ID - 2  # not the first, and odd as that one
                 and length < _LARGE_BLOCK
                 and len(streams) < self._limit
                 and self._last_served is None
